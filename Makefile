@@ -1,0 +1,85 @@
+# On a machine with git, make and Python 3.11: `make demo` runs the main job, `make test` proves it.
+# Both set up .venv first; the second time that costs nothing.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+EXTRAS ?= all-cpu,test,dev,docs
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+bin := $(VENV)/bin
+ready := $(VENV)/.ready
+# One thread a worker: two workers with two threads each would fight over two cores.
+one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types contracts docs unit format oracle isolated clean
+
+help:  ## list the targets
+	@awk -F ':.*## +' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(ready): pyproject.toml constraints.txt
+	@echo 'Setting up $(VENV): some minutes the first time.'
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+setup: $(ready)  ## make the environment
+
+demo: $(ready)  ## the bundled model in three frameworks, converted around and verified
+	@$(bin)/python examples/demo.py
+
+test: check unit  ## every check and every test
+
+check: lint types contracts docs  ## everything but the tests
+
+lint: $(ready)  ## ruff and codespell
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/codespell
+
+types: $(ready)  ## pyright
+	$(bin)/pyright --pythonpath $(bin)/python
+
+contracts: $(ready)  ## who may import whom
+	$(bin)/lint-imports
+
+docs: $(ready)  ## build site/, warnings are errors
+	$(bin)/python docs/make_parameters.py --check
+	$(bin)/mkdocs build --strict --quiet
+
+unit: $(ready)  ## pytest
+	$(one_thread) $(bin)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+format: $(ready)  ## mend what can be mended by machine
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/python docs/make_parameters.py
+
+oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an environment of its own)
+	PYTHONPATH=. TF_USE_LEGACY_KERAS=1 TF_CPP_MIN_LOG_LEVEL=2 .venv-oracle/bin/python tests/oracle/check_transformers_loads.py
+
+.venv-oracle/.ready: tests/oracle/requirements.txt
+	test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle
+	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
+	touch $@
+
+kinds := none torch tf flax
+extra_torch := [torch]
+extra_tf := [tf-cpu]
+extra_flax := [flax]
+
+.PHONY: $(kinds:%=isolated-%)
+isolated: $(kinds:%=isolated-%)  ## one framework at a time, each in an environment of its own
+
+$(kinds:%=isolated-%): isolated-%: .venv-%/.ready
+	TF_CPP_MIN_LOG_LEVEL=2 .venv-$*/bin/python -m tests.isolated.check $*
+
+$(kinds:%=.venv-%/.ready): .venv-%/.ready: pyproject.toml constraints.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(extra_$*)'
+	touch $@
+
+clean:  ## remove every environment and build output
+	rm -rf $(VENV) .venv-* build site *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,168 @@
+"""Native names of tensors <-> canonical names.
+
+Canonical are Hugging Face's torch names in an `OPTForCausalLM`, as in `opt_common.params`. A file may hold them with
+any framework's leaf names, parted by "." or "/", with or without the prefix of the language model. Both directions are
+derived from `LEAVES` and `Parameter.path`; nothing here lists a model's tensors.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError, join_problems
+from opt_common.params import LEAVES, Parameter, Scheme, module_kind, parameter_table
+
+DECODER = ("model", "decoder")
+"""The path of the decoder in a language model, in front of every tensor but the heads'."""
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.decoder.embed_tokens.weight"
+
+_HEAD_MODULES = ("lm_head", "score", "qa_outputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Tensors that are left out on purpose: those whose native name ends so, and why."""
+
+    ending: tuple[str, ...]
+    reason: str
+
+
+DROPS = (
+    Drop(("decoder", "version"), "metaseq's number of its own file layout; not a weight"),
+    Drop(("embed_positions", "_float_tensor"), "fairseq's marker of a device; not a weight"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A leaf that a published format names otherwise than its framework does, and why."""
+
+    scheme: Scheme
+    module: str
+    leaf: str
+    published: str
+    reason: str
+
+
+EXCEPTIONS = (
+    Published(
+        "keras",
+        "embed_tokens",
+        "embeddings",
+        "weight",
+        "Hugging Face's TF models keep the token table in a layer of their own, whose variable is `weight`",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CanonicalName:
+    """What a native name stands for.
+
+    Attributes:
+        name: canonical name, or the native one where nothing is known by it.
+        transposed: whether the native array is the transpose of the canonical one.
+    """
+
+    name: str
+    transposed: bool
+
+
+def drop_reason(native: str) -> str | None:
+    """Why a tensor is left out, or None for one that is not."""
+    path = _split(native)
+    return next((drop.reason for drop in DROPS if path[-len(drop.ending) :] == drop.ending), None)
+
+
+def to_canonical(native: str, scheme: Scheme) -> CanonicalName:
+    """The canonical name of a tensor.
+
+    Args:
+        native: its name in a file: `model.decoder.`, `decoder.` or nothing in front of the module; in a Keras file
+            also a scope, which is dropped whatever it is.
+        scheme: whose leaf names the file has.
+    """
+    *module, leaf = _without_scope(_split(native), scheme)
+    if len(module) == 0:
+        return CanonicalName(native, transposed=False)
+    for exception in EXCEPTIONS:
+        if (scheme, module[-1], leaf) == (exception.scheme, exception.module, exception.published):
+            leaf = exception.leaf
+    kind = module_kind(module[-1])
+    for key, names in LEAVES.items():
+        if key.startswith(f"{kind}.") and getattr(names, scheme) == leaf:
+            path = _with_prefix(module)
+            transposed = scheme != "torch" and names.transposed
+            return CanonicalName(".".join((*path, names.torch)), transposed)
+    return CanonicalName(native, transposed=False)
+
+
+def to_native(parameter: Parameter, scheme: Scheme, *, bare: bool) -> tuple[str, ...]:
+    """The parts of a parameter's name in a file that Hugging Face's classes load.
+
+    Args:
+        parameter: a row of the parameter table.
+        scheme: whose leaf names the file has.
+        bare: whether the file holds a decoder without a head. Torch and Flax then leave the top module out.
+    """
+    *module, leaf = parameter.path(scheme)
+    for exception in EXCEPTIONS:
+        if (scheme, module[-1], leaf) == (exception.scheme, exception.module, exception.leaf):
+            leaf = exception.published
+    if bare and scheme != "keras":
+        module = module[1:]
+    return (*module, leaf)
+
+
+def canonical_names(natives: Iterable[str], scheme: Scheme) -> dict[str, tuple[str, bool]]:
+    """Canonical name -> (native name, whether it is transposed), for all tensors of a checkpoint but the drops.
+
+    Raises:
+        CheckpointError: if two native names stand for the same tensor.
+    """
+    found: dict[str, tuple[str, bool]] = {}
+    problems: list[str] = []
+    for native in natives:
+        if drop_reason(native) is not None:
+            continue
+        canonical = to_canonical(native, scheme)
+        if canonical.name in found:
+            other, _ = found[canonical.name]
+            problems.append(f"{other!r} and {native!r} are both {canonical.name}; remove one of them.")
+        found[canonical.name] = (native, canonical.transposed)
+    if problems:
+        raise CheckpointError(join_problems(problems))
+    return found
+
+
+def _split(native: str) -> tuple[str, ...]:
+    return tuple(native.removesuffix(":0").replace("/", ".").split("."))
+
+
+def _modules_of_decoder() -> frozenset[str]:
+    """Names of the modules directly inside the decoder, of all configurations together."""
+    configs = (OPTConfig(num_hidden_layers=1), OPTConfig(num_hidden_layers=1, word_embed_proj_dim=1))
+    names = (parameter.name for config in configs for parameter in parameter_table(config))
+    return frozenset(name.split(".")[len(DECODER)] for name in names)
+
+
+_MODULES_OF_DECODER = _modules_of_decoder()
+
+
+def _without_scope(path: tuple[str, ...], scheme: Scheme) -> tuple[str, ...]:
+    """The path without the name that TensorFlow puts in front of a model's variables."""
+    if scheme != "keras" or len(path) < 2:
+        return path
+    is_scope = path[1:3] == DECODER or path[1] in _HEAD_MODULES
+    return path[1:] if is_scope else path
+
+
+def _with_prefix(module: list[str]) -> tuple[str, ...]:
+    """The canonical path of a module that may lack its prefix or a part of it."""
+    if tuple(module[:2]) == DECODER or module[0] in _HEAD_MODULES:
+        return tuple(module)
+    if module[0] == DECODER[1]:
+        return (DECODER[0], *module)
+    return (*DECODER, *module) if module[0] in _MODULES_OF_DECODER else tuple(module)

@@ -1,0 +1,254 @@
+"""Open a checkpoint of any format and read it under canonical names, tensor by tensor.
+
+with open_checkpoint("opt-125m") as checkpoint:
+    checked_parameters(checkpoint, parameter_table(checkpoint.config))
+    weight = checkpoint.read("model.decoder.layers.0.fc1.weight")
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from conversion.canonical import EMBEDDING, HEAD, canonical_names
+from conversion.dtypes import BY_NUMPY
+from conversion.formats import hdf5_file, msgpack_file, safetensors_file, torch_file
+from conversion.tensors import Array, Reader, TensorInfo
+from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError, join_problems
+from opt_common.hub import CONFIG_FILE, find_weights, read_index
+from opt_common.params import Parameter, Scheme
+
+READERS: Mapping[str, Callable[[Path], Reader]] = {
+    "safetensors": safetensors_file.open_reader,
+    "torch": torch_file.open_reader,
+    "tf": hdf5_file.open_reader,
+    "flax": msgpack_file.open_reader,
+}
+"""How to open one file of each format of `opt_common.hub.FORMATS`."""
+
+_FORMAT_OF_SUFFIX = {
+    ".safetensors": "safetensors",
+    ".bin": "torch",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".h5": "tf",
+    ".msgpack": "flax",
+}
+_COMPARED_ELEMENTS = 1 << 20
+
+
+class Checkpoint:
+    """An open checkpoint: one file or all shards, under canonical names. Close it, or use it in a `with` statement.
+
+    Attributes:
+        config: the configuration beside the weights.
+        format: "safetensors", "torch", "tf" or "flax".
+        files: the weight files.
+        names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
+            keeps its native name.
+    """
+
+    def __init__(self, config: OPTConfig, format_name: str, files: tuple[Path, ...]) -> None:
+        self.config = config
+        self.format = format_name
+        self.files = files
+        self._readers: list[Reader] = []
+        self._tensors: dict[str, tuple[Reader, str, bool]] = {}
+        try:
+            for path in files:
+                self._add(path)
+            self._settle_head()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def scheme(self) -> Scheme:
+        """Whose leaf names and layouts the files have."""
+        return self._readers[0].scheme
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor in the canonical layout, without reading it."""
+        reader, native, transposed = self._tensors[name]
+        info = reader.tensors[native]
+        return TensorInfo(info.dtype, info.shape[::-1]) if transposed else info
+
+    def native_name(self, name: str) -> str:
+        """What the file calls a tensor."""
+        return self._tensors[name][1]
+
+    def read(self, name: str) -> Array:
+        """A tensor in the canonical layout and the stored dtype.
+
+        The array is read-only and may be a view, of any strides, of the mapped file; it stays valid after `close`.
+        """
+        reader, native, transposed = self._tensors[name]
+        array = reader.read(native)
+        return array.T if transposed else array
+
+    def close(self) -> None:
+        """Let go of the files."""
+        while self._readers:
+            self._readers.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _add(self, path: Path) -> None:
+        reader = READERS[self.format](path)
+        self._readers.append(reader)
+        for name, (native, transposed) in canonical_names(reader.tensors, reader.scheme).items():
+            if name in self._tensors:
+                raise CheckpointError(f"{path} and another shard both hold {name}. Fetch the checkpoint again.")
+            # Only matrices are transposed; a tensor of another rank under that name is reported with its own shape.
+            flip = transposed and len(reader.tensors[native].shape) == 2
+            self._tensors[name] = (reader, native, flip)
+
+    def _settle_head(self) -> None:
+        """A tied model has one tensor for token table and head, under whichever name; only the first is canonical."""
+        if not self.config.tie_word_embeddings or HEAD not in self._tensors:
+            return
+        if EMBEDDING not in self._tensors:
+            # safetensors' save_model keeps the last name of shared tensors, which is the head's.
+            self._tensors = {EMBEDDING: self._tensors.pop(HEAD), **self._tensors}
+            return
+        if not _equal(self.read(HEAD), self.read(EMBEDDING)):
+            raise CheckpointError(
+                f"{HEAD} and {EMBEDDING} differ, but {CONFIG_FILE} says that they are one tensor. "
+                f'If the head was trained on its own, set "tie_word_embeddings": false in {CONFIG_FILE}.'
+            )
+        del self._tensors[HEAD]
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, prefer: str | None = None) -> Checkpoint:
+    """Open a checkpoint of any format, without reading a tensor or importing a framework.
+
+    Args:
+        path: a directory with `config.json` and weights, or a weight file (or the index of shards) beside its
+            `config.json`.
+        prefer: format to take where a directory holds several but no safetensors.
+
+    Raises:
+        ConfigError: if the configuration is absent or describes no OPT model.
+        CheckpointError: if the weights are absent, damaged or hostile.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = OPTConfig.from_json_file(path / CONFIG_FILE)
+        format_name, files, index = find_weights(path, prefer=prefer)
+    elif path.is_file():
+        config = OPTConfig.from_json_file(path.parent / CONFIG_FILE)
+        format_name, files, index = _single(path)
+    else:
+        raise CheckpointError(f"There is no file or directory {str(path)!r}. Check the path.")
+    checkpoint = Checkpoint(config, format_name, files)
+    if index is not None:
+        try:
+            _check_index(index, checkpoint)
+        except BaseException:
+            checkpoint.close()
+            raise
+    return checkpoint
+
+
+def checked_parameters(checkpoint: Checkpoint, table: Iterable[Parameter]) -> None:
+    """Make sure that a checkpoint holds the parameters of a table, and nothing else.
+
+    Raises:
+        CheckpointError: naming every missing, unexpected and mis-shaped tensor, and every one that isn't floating.
+    """
+    expected = {parameter.name: parameter for parameter in table}
+    present = set(checkpoint.names)
+    problems = [f"missing: {name}, of shape {list(expected[name].shape)}." for name in expected if name not in present]
+    problems += [_unexpected(checkpoint, name) for name in checkpoint.names if name not in expected]
+    for name, parameter in expected.items():
+        if name not in present:
+            continue
+        info = checkpoint.info(name)
+        if info.shape != parameter.shape:
+            problems.append(f"shape: {name} is {list(info.shape)}, expected {list(parameter.shape)}.")
+        if not BY_NUMPY[info.dtype].floating:
+            problems.append(f"dtype: {name} is {info.dtype}, expected a floating-point type.")
+    if problems:
+        advice = _advice(checkpoint, expected, present)
+        where = checkpoint.files[0].parent
+        raise CheckpointError(
+            f"The {checkpoint.format} weights in {where} do not fit {CONFIG_FILE}. {join_problems(problems)}{advice}"
+        )
+
+
+def _unexpected(checkpoint: Checkpoint, name: str) -> str:
+    native = checkpoint.native_name(name)
+    known_as = "" if native == name else f" (in the file: {native})"
+    return f"unexpected: {name}{known_as}, of shape {list(checkpoint.info(name).shape)}."
+
+
+def _advice(checkpoint: Checkpoint, expected: Mapping[str, Parameter], present: set[str]) -> str:
+    """A sentence about a story that the problems are known to tell, or nothing."""
+    final_norm = [name for name in expected if name.startswith("model.decoder.final_layer_norm.")]
+    if final_norm and not present.intersection(final_norm):
+        return (
+            "\nCheckpoints of transformers before 4.20.1 (June 2022) lack the decoder's final_layer_norm: fetch a "
+            'newer one, or, if the model was trained without it, set "_remove_final_layer_norm": true.'
+        )
+    if HEAD in present and HEAD not in expected:
+        return f"\n{HEAD} is the head of a language model; load it with the class that has one."
+    return ""
+
+
+def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
+    """Format, files and index of one weight file or of one index."""
+    index = path if path.name.endswith(".index.json") else None
+    weights = Path(path.name.removesuffix(".index.json"))
+    format_name = _FORMAT_OF_SUFFIX.get(weights.suffix)
+    if format_name is None:
+        raise CheckpointError(
+            f"{path} has suffix {weights.suffix!r}, expected one of {', '.join(_FORMAT_OF_SUFFIX)}, or a directory."
+        )
+    if index is None:
+        return format_name, (path,), None
+    shards = tuple(path.parent / name for name in sorted(set(read_index(index).values())))
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise CheckpointError(f"{path} names files that are absent: {', '.join(missing)}. Fetch them.")
+    return format_name, shards, index
+
+
+def _check_index(index: Path, checkpoint: Checkpoint) -> None:
+    """Every tensor that the index promises must be there; shards of an interrupted download often lack some."""
+    scheme = checkpoint.scheme
+    promised = canonical_names(read_index(index), scheme)
+    held = set(checkpoint.names) | {HEAD, EMBEDDING}
+    if missing := [name for name in promised if name not in held]:
+        raise CheckpointError(
+            f"{index} promises tensors that its shards do not hold: {', '.join(missing[:5])}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}. Fetch the checkpoint again."
+        )
+
+
+def _equal(a: Array, b: Array) -> bool:
+    """Whether two arrays are the same, bit for bit, compared a few rows at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.__array_interface__["data"] == b.__array_interface__["data"] and a.strides == b.strides:
+        return True
+    rows = max(1, _COMPARED_ELEMENTS // max(1, a[:1].size))
+    return all(
+        np.array_equal(
+            np.ascontiguousarray(a[start : start + rows]).view(np.uint8),
+            np.ascontiguousarray(b[start : start + rows]).view(np.uint8),
+        )
+        for start in range(0, len(a), rows)
+    )

@@ -1,0 +1,271 @@
+"""The program `opt-convert`. argparse, so that there is one dependency less to install and to keep up with."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from conversion.convert import convert
+from conversion.inspect import Inspection, inspect
+from conversion.verify import FunctionCheck, Verification, verify
+from opt_common.errors import OPTError
+from opt_common.hub import FORMATS
+
+OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
+"""Exit codes; `_EPILOGUE` says them to users."""
+
+_SHOWN_PROBLEMS = 10
+
+_EPILOGUE = """\
+exit codes:
+  0  done
+  1  failed; one sentence on standard error says why
+  2  the command line is wrong
+  3  verify found a problem or a difference
+
+A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m.
+With --json, standard output holds one JSON document and nothing else.
+"""
+
+_EXAMPLES = {
+    "convert": """\
+examples:
+  opt-convert convert facebook/opt-125m opt-125m-flax --to flax
+  opt-convert convert my-model my-model-half --to safetensors --dtype bfloat16
+  opt-convert convert my-model my-model-tf --to tf --max-shard-size 2GB
+""",
+    "inspect": """\
+examples:
+  opt-convert inspect opt-125m-flax
+  opt-convert inspect my-model/tf_model.h5 --json
+""",
+    "verify": """\
+examples:
+  opt-convert verify my-model
+  opt-convert verify opt-125m-flax --against facebook/opt-125m
+""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: its arguments; default those of the process.
+
+    Returns:
+        The exit code. A wrong command line ends the process with code 2, as argparse does.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return arguments.run(arguments)
+    except OPTError as error:
+        return _failed(str(error))
+    except BrokenPipeError:
+        # Whoever read the output has had enough; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}. Nothing was left half-written.")
+    except MemoryError:
+        return _failed("The memory is too small for the largest tensor. Nothing was left half-written.")
+    except KeyboardInterrupt:
+        return _failed("Interrupted. Nothing was left half-written.")
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"opt-convert: warning: {message}", file=sys.stderr)
+
+
+def _failed(message: str) -> int:
+    print(f"opt-convert: {message}", file=sys.stderr)
+    return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opt-convert",
+        description="Convert, inspect and verify OPT checkpoints of any format, without any framework.",
+        epilog=_EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_EXAMPLES[name] + "\n" + _EPILOGUE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("src", metavar="SRC", help="directory, weight file or hub id")
+        return command
+
+    command = add("convert", _run_convert, "write a checkpoint in another format; every bit stays as it is")
+    command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
+    command.add_argument("--to", required=True, choices=list(FORMATS), help="format of the new weights")
+    command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
+    command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    _add_common(command)
+
+    command = add("inspect", _run_inspect, "say what is in a checkpoint")
+    _add_common(command)
+
+    command = add(
+        "verify", _run_verify, "check that a checkpoint is whole, and that it holds the same model as another"
+    )
+    command.add_argument("--against", metavar="OTHER", help="directory, weight file or hub id to compare with")
+    command.add_argument(
+        "--function",
+        action=argparse.BooleanOptionalAction,
+        help="also compute both models in NumPy (default: up to 200 million parameters)",
+    )
+    _add_common(command)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+    hub = command.add_argument_group("where SRC is a hub id")
+    hub.add_argument("--revision", help="branch, tag or commit")
+    hub.add_argument("--cache-dir", metavar="DIR", help="the hub's cache")
+    hub.add_argument("--token", help="access token")
+    hub.add_argument("--offline", action="store_true", help="use the cache only")
+
+
+def _hub(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "revision": arguments.revision,
+        "cache_dir": arguments.cache_dir,
+        "token": arguments.token,
+        "local_files_only": arguments.offline,
+    }
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _run_convert(arguments: argparse.Namespace) -> int:
+    result = convert(
+        arguments.src,
+        arguments.dst,
+        arguments.to,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        force=arguments.force,
+        progress=not arguments.quiet,
+        **_hub(arguments),
+    )
+    for warning in result.warnings:
+        _show_warning(warning)
+    if arguments.json:
+        _print_json(vars(result))
+    elif not arguments.quiet:
+        print(
+            f"{result.source_format} -> {result.target_format}: {result.tensors} tensors, "
+            f"{_bytes(result.total_bytes)}, in {result.target}"
+        )
+        for name in result.files:
+            print(f"  {name}")
+    return OK
+
+
+def _run_inspect(arguments: argparse.Namespace) -> int:
+    result = inspect(arguments.src, **_hub(arguments))
+    if arguments.json:
+        _print_json(result.to_dict())
+    else:
+        _show_inspection(result)
+    return OK
+
+
+def _run_verify(arguments: argparse.Namespace) -> int:
+    result = verify(arguments.src, arguments.against, function=arguments.function, **_hub(arguments))
+    if arguments.json:
+        _print_json(result.to_dict())
+    else:
+        _show_verification(result)
+    return OK if result.holds else DIFFERENT
+
+
+def _show_inspection(result: Inspection) -> None:
+    config = result.config
+    print(f"source      {result.source}")
+    print(f"format      {result.format}, {_plural(len(result.files), 'file')}")
+    print(
+        f"parameters  {result.parameters:,} in {_plural(len(result.tensors), 'tensor')}, {_bytes(result.total_bytes)}"
+    )
+    print(f"dtypes      {', '.join(f'{name} ×{count}' for name, count in result.dtypes.items())}")
+    print(
+        f"model       {config['num_hidden_layers']} layers, hidden {config['hidden_size']}, "
+        f"{config['num_attention_heads']} heads, ffn {config['ffn_dim']}, vocabulary {config['vocab_size']}, "
+        f"positions {config['max_position_embeddings']}, "
+        f"{'pre' if config['do_layer_norm_before'] else 'post'}-norm, "
+        f"head {'tied' if config['tie_word_embeddings'] else 'untied'}"
+    )
+    print()
+    for pattern, tensor, count in result.grouped():
+        many = f"  ×{count}" if count > 1 else ""
+        print(f"  {pattern:50} {tensor.dtype:9} {list(tensor.shape)}{many}")
+    if result.problem is not None:
+        print(f"\nThis checkpoint would not load. {result.problem}")
+
+
+def _show_verification(result: Verification) -> None:
+    if result.against is None:
+        print(f"{result.source}: {result.tensors} tensors")
+    else:
+        print(f"{result.source} against {result.against}: {result.tensors} tensors")
+        for verdict, meaning in (
+            ("equal", "the same bits"),
+            ("rounded", "the same after rounding to the narrower dtype"),
+            ("differs", "different"),
+        ):
+            if count := sum(check.verdict == verdict for check in result.checks):
+                print(f"  {count:6} {meaning}")
+    if result.function is not None:
+        _show_function(result.function)
+    for problem in result.problems[:_SHOWN_PROBLEMS]:
+        print(f"  problem: {problem}")
+    if (more := len(result.problems) - _SHOWN_PROBLEMS) > 0:
+        print(f"  and {more} more problems; --json lists all")
+    print("holds" if result.holds else "DOES NOT HOLD")
+
+
+def _show_function(check: FunctionCheck) -> None:
+    print("  max |difference| in the NumPy reference (float64)")
+    last = len(check.hidden_states) - 1
+    for index, value in enumerate(check.hidden_states):
+        name = "embeddings" if index == 0 else "last hidden state" if index == last else f"layer {index - 1}"
+        first = "   <- first difference" if index == check.first_divergent else ""
+        print(f"    {name:18} {value:.3e}{first}")
+    print(f"    {'logits':18} {check.logits:.3e}")
+    print(f"  likeliest token agrees at {check.top1_agreement:.1%} of the positions")
+    print(f"  greedy continuation {'equal' if check.greedy_equal else 'DIFFERENT'}")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

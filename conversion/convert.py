@@ -1,0 +1,174 @@
+"""Convert a checkpoint from any format to any other, one tensor at a time."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
+from conversion.dtypes import parse_dtype
+from conversion.save import DEFAULT_SHARD_SIZE, Plan, check_target, make_plan, write_plan
+from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError
+from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
+from opt_common.params import Parameter, parameter_table
+
+CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
+"""Files beside the weights that go along as they are, where the source has them."""
+
+_MAX_CARRIED_BYTES = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` has done.
+
+    Attributes:
+        source: the weight files read.
+        source_format: their format.
+        target: the new directory.
+        target_format: the format of its weights.
+        files: names of the files in it that this conversion wrote.
+        tensors: number of tensors.
+        total_bytes: bytes of the tensors.
+        warnings: sentences about what other software cannot do with the result.
+    """
+
+    source: tuple[Path, ...]
+    source_format: str
+    target: Path
+    target_format: str
+    files: tuple[str, ...]
+    tensors: int
+    total_bytes: int
+    warnings: tuple[str, ...]
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+    progress: bool = False,
+    **hub: Any,
+) -> Conversion:
+    """Write the checkpoint at `src` to the directory `dst` in another format; every bit stays as it is.
+
+    Args:
+        src: a directory, a weight file beside its `config.json`, or a hub id.
+        dst: the new directory. It appears whole or not at all.
+        to: "safetensors", "torch", "tf" or "flax".
+        dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
+        max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
+        force: replace the files of the same names if `dst` exists. Others in it are never touched.
+        progress: show a bar on standard error, if that is a terminal.
+        **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
+
+    Raises:
+        ConfigError: if the source's configuration is no OPT model's.
+        CheckpointError: if the source is damaged or incomplete, the target is refused, or a number is too large for
+            `dtype`. Nothing is left behind.
+        OSError: if the disk is full or not writable. Nothing is left behind.
+    """
+    source, target = locate(src, **hub), Path(dst)
+    _check_places(source, target, force=force)
+    with open_checkpoint(source) as checkpoint:
+        bare = is_bare(checkpoint)
+        table = parameter_table(checkpoint.config, head=None if bare else "lm")
+        checked_parameters(checkpoint, table)
+        stored = None if dtype is None else parse_dtype(dtype).numpy
+        plan = make_plan(
+            checkpoint.config,
+            table,
+            {parameter.name: stored or checkpoint.info(parameter.name).dtype for parameter in table},
+            format_name=to,
+            max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
+            bare=bare,
+        )
+        documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
+        check_target(target, to, {*plan.files, *documents})
+
+        def read(parameter: Parameter) -> Any:
+            return checkpoint.read(parameter.name)
+
+        with _bar(plan, show=progress) as advance:
+            write_plan(target, plan, read, documents, advance)
+        return Conversion(
+            source=checkpoint.files,
+            source_format=checkpoint.format,
+            target=target,
+            target_format=to,
+            files=(*plan.files, *documents),
+            tensors=len(table),
+            total_bytes=plan.total_bytes,
+            warnings=tuple(class_limits(checkpoint.config, to)),
+        )
+
+
+def locate(src: str | os.PathLike[str], **hub: Any) -> Path:
+    """The local file or directory of a checkpoint, fetched from the hub if need be.
+
+    Args:
+        src: a directory, a weight file, or a hub id.
+        **hub: arguments of `opt_common.hub.resolve`.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint.
+    """
+    path = Path(src)
+    return path if path.is_file() else resolve(src, **hub)
+
+
+def is_bare(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is of a decoder without a head, by the class in its configuration."""
+    architectures = checkpoint.config.extra.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return False
+    return all(str(name).endswith("OPTModel") for name in cast("list[Any]", architectures))
+
+
+def class_limits(config: OPTConfig, format_name: str) -> Iterator[str]:
+    """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
+    classes = {"tf": "TFOPTForCausalLM", "flax": "FlaxOPTForCausalLM"}.get(format_name)
+    if classes is None:
+        return
+    if format_name == "tf" and not config.tie_word_embeddings:
+        yield f"The head is not tied to the token table: transformers' {classes} computes other logits."
+    if not config.enable_bias:
+        yield f"The model has no biases: transformers' {classes} makes them up as zeros."
+    if not config.layer_norm_elementwise_affine:
+        yield f"The layer norms have no weights: transformers' {classes} makes them up as ones and zeros."
+
+
+def _check_places(source: Path, target: Path, *, force: bool) -> None:
+    old = (source.parent if source.is_file() else source).resolve()
+    new = target.resolve()
+    if new == old or new.is_relative_to(old) or old.is_relative_to(new):
+        raise CheckpointError(f"{target} and the source {source} overlap. Choose a target outside the source.")
+    if target.exists() and not force:
+        raise CheckpointError(f"{target} exists. Choose a new directory, or use --force (force=True) to replace files.")
+
+
+def _carried(source: Path) -> dict[str, bytes]:
+    """The contents of the files that go along."""
+    directory = source.parent if source.is_file() else source
+    found = [directory / name for name in CARRIED_FILES if (directory / name).is_file()]
+    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES}
+
+
+@contextlib.contextmanager
+def _bar(plan: Plan, *, show: bool) -> Generator[Callable[[int], None]]:
+    """A progress bar over the bytes of the tensors; nothing is shown where nobody watches."""
+    if not show or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=plan.total_bytes, unit="B", unit_scale=True, desc=f"writing {plan.format}") as bar:
+        yield lambda size: cast("None", bar.update(size))

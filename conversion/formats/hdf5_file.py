@@ -1,0 +1,280 @@
+"""Hugging Face's `tf_model.h5`, in the layout that Keras 2 gave it.
+
+One file: the root's attribute `layer_names` lists groups; each group's `weight_names` lists the datasets in it, named
+`<scope>/model/decoder/…/kernel:0`. A shard: the root's `layer_names` lists the datasets themselves, without scope.
+A list that is too long for an HDF5 attribute is split over `name0`, `name1`, ….
+
+HDF5 as Keras uses it has no bfloat16. Such a tensor is stored as float32, which holds each of its values exactly, with
+an attribute `dtype` = "bfloat16" on the dataset: Keras and `transformers` read the right numbers, and the reader here
+gives back the very bits.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from conversion.dtypes import BY_NAME, BY_NUMPY
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
+from opt_common.errors import CheckpointError
+from opt_common.params import Scheme
+
+SCHEME: Scheme = "keras"
+
+ATTRIBUTE_BYTES = 64512
+"""Longest list of names in one attribute; Keras's own limit, a little below HDF5's 64 KiB."""
+
+_KERAS_VERSION = "2.15.0"  # the last release of the Keras 2 whose layout this is
+_DTYPE_ATTRIBUTE = "dtype"
+_MAX_DEPTH = 32
+_BFLOAT16 = BY_NAME["bfloat16"].numpy
+_FLOAT32 = BY_NAME["float32"].numpy
+
+
+def _h5py() -> Any:
+    """The library, imported when a file of this format is met; it comes without types."""
+    import h5py  # pyright: ignore[reportMissingTypeStubs]
+
+    return h5py
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A dataset: what it stands for, what the file holds, and where."""
+
+    info: TensorInfo
+    raw: TensorInfo
+    start: int
+
+
+class Hdf5Reader:
+    """An open HDF5 file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._buffer = map_file(path)
+        self.scheme: Scheme = SCHEME
+        try:
+            with _h5py().File(path, "r") as file:
+                self._stored = {
+                    name: _dataset(path, name, _descend(path, file, where), len(self._buffer))
+                    for name, where in _names(path, file, len(self._buffer)).items()
+                }
+        # h5py turns any failure of the C library into one of these.
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise damaged(path, f"it is not a readable HDF5 file ({error})") from None
+        self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
+
+    def read(self, name: str) -> Array:
+        stored = self._stored[name]
+        raw = view(self._buffer, stored.start, stored.raw)
+        if stored.info == stored.raw:
+            return raw
+        bits = raw.view(np.uint32)
+        if (bits & 0xFFFF).any():
+            raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
+        return (bits >> 16).astype(np.uint16).view(stored.info.dtype)
+
+    def close(self) -> None:
+        # The map itself goes when the last array that looks into it does.
+        del self._buffer
+
+
+def open_reader(path: Path) -> Hdf5Reader:
+    """Open a file, find its datasets and validate them against the size of the file.
+
+    Raises:
+        CheckpointError: for anything but plain datasets in the layout above; links to other places, virtual, chunked
+            and compressed datasets are refused.
+    """
+    return Hdf5Reader(path)
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Bytes that a tensor takes in a file: bfloat16 is widened."""
+    return _raw_info(info).nbytes
+
+
+def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
+    """Write datasets one at a time; the same tensors give the same bytes.
+
+    Args:
+        path: the new file.
+        tensors: what to write. Names that have a scope (`<scope>/model/decoder/…`) make the layout of a single file,
+            names without one (`model/decoder/…`) that of a shard.
+        read: gives the array of a name; it is called once for each, in order.
+    """
+    single = _is_single(tensors)
+    with _h5py().File(path, "x", libver=("earliest", "v108")) as file:
+        offsets = {tensor.name: _create(file, _where(tensor.name, single), tensor.info) for tensor in tensors}
+        _write_lists(file, [tensor.name for tensor in tensors], single)
+    # The datasets have their place in the file by now; their bytes go there without passing through HDF5.
+    with path.open("r+b") as file:
+        for tensor in tensors:
+            file.seek(offsets[tensor.name])
+            raw = _raw_info(tensor.info)
+            for piece in pieces(read(tensor.name), tensor.info.dtype, tensor.name):
+                file.write(piece.astype(raw.dtype, copy=False).view("u1").data)
+
+
+# Reading
+
+
+def _names(path: Path, file: Any, size: int) -> dict[str, str]:
+    """Native name -> path in the file, of every tensor that the file lists."""
+    layers = _read_names(path, file, "layer_names", size)
+    if layers is None:
+        raise CheckpointError(
+            f"{path} has no attribute layer_names, so it was not saved by a transformers TF model. "
+            f"Name a tf_model.h5 file."
+        )
+    found: dict[str, str] = {}
+    for layer in layers:
+        where = _descend(path, file, layer)
+        weights = _read_names(path, where, "weight_names", size) if _is_group(where) else None
+        pairs = [(layer, layer)] if weights is None else [(name, f"{layer}/{name}") for name in weights]
+        for name, full in pairs:
+            if name in found:
+                raise damaged(path, f"the weight {name!r} is listed twice")
+            found[name] = full
+    return found
+
+
+def _read_names(path: Path, where: Any, name: str, size: int) -> list[str] | None:
+    """A list of names in one attribute or split over several; None if there is none."""
+    if name in where.attrs:
+        return _read_list(path, where, name, size)
+    names: list[str] = []
+    for number in range(size):
+        part = f"{name}{number}"
+        if part not in where.attrs:
+            return names if number else None
+        names += _read_list(path, where, part, size)
+    return names
+
+
+def _read_list(path: Path, where: Any, name: str, size: int) -> list[str]:
+    shape = where.attrs.get_id(name).shape
+    if len(shape) != 1 or shape[0] > size:
+        raise damaged(path, f"the attribute {name} has shape {shape}")
+    values = cast("list[Any]", where.attrs[name].tolist())
+    names = [value.decode() if isinstance(value, bytes) else value for value in values]
+    if not all(isinstance(value, str) for value in names):
+        raise damaged(path, f"the attribute {name} holds something else than names")
+    return names
+
+
+def _is_group(where: Any) -> bool:
+    return isinstance(where, _h5py().Group)
+
+
+def _descend(path: Path, file: Any, name: str) -> Any:
+    """The object of a name, reached through hard links only: soft and external ones can lead anywhere."""
+    parts = name.split("/")
+    if len(parts) > _MAX_DEPTH:
+        raise damaged(path, f"{name!r:.80} is nested more than {_MAX_DEPTH} deep")
+    where = file
+    for part in parts:
+        if part in ("", ".", "..") or not _is_group(where):
+            raise damaged(path, f"{name!r:.80} is no path of a weight")
+        link = where.get(part, getlink=True)
+        if not isinstance(link, _h5py().HardLink):
+            what = "absent" if link is None else f"a {type(link).__name__}"
+            raise damaged(path, f"{part!r} of the weight {name!r:.200} is {what}")
+        where = where[part]
+    return where
+
+
+def _dataset(path: Path, name: str, dataset: Any, size: int) -> _Stored:
+    """Check that a dataset is one plain run of numbers inside the file."""
+    if not isinstance(dataset, _h5py().Dataset):
+        raise damaged(path, f"{name!r:.200} is no dataset")
+    plan: Any = dataset.id.get_create_plist()
+    if plan.get_layout() != _h5py().h5d.CONTIGUOUS or plan.get_nfilters() or plan.get_external_count():
+        raise CheckpointError(
+            f"{path}: {name!r} is chunked, compressed, virtual or in another file, which Keras never does to weights. "
+            f"If you trust the file, run `h5repack -l CONTI -f NONE` on it."
+        )
+    row = BY_NUMPY.get(dataset.dtype)
+    if row is None or dataset.id.get_type() != _h5py().h5t.py_create(row.numpy):
+        raise CheckpointError(f"{path}: {name!r} has dtype {dataset.dtype}, expected one of {', '.join(BY_NAME)}.")
+    raw = TensorInfo(row.numpy, tuple(dataset.shape))
+    start = dataset.id.get_offset()
+    if raw.size and (start is None or not 0 < start <= size - raw.nbytes or dataset.id.get_storage_size() < raw.nbytes):
+        raise damaged(path, f"{name!r} of {raw.nbytes} bytes does not lie in the file of {size}")
+    return _Stored(_marked(path, name, dataset, raw), raw, start or 0)
+
+
+def _marked(path: Path, name: str, dataset: Any, raw: TensorInfo) -> TensorInfo:
+    """What a dataset stands for, by its attribute `dtype`."""
+    if _DTYPE_ATTRIBUTE not in dataset.attrs:
+        return raw
+    if dataset.attrs.get_id(_DTYPE_ATTRIBUTE).shape != ():
+        raise damaged(path, f"the attribute {_DTYPE_ATTRIBUTE} of {name!r} is a list")
+    mark: object = dataset.attrs[_DTYPE_ATTRIBUTE]
+    if mark != _BFLOAT16.name or raw.dtype != _FLOAT32:
+        raise damaged(path, f"{name!r} of dtype {raw.dtype} is marked as {mark!r:.40}")
+    return TensorInfo(_BFLOAT16, raw.shape)
+
+
+# Writing
+
+
+def _raw_info(info: TensorInfo) -> TensorInfo:
+    return TensorInfo(_FLOAT32, info.shape) if info.dtype == _BFLOAT16 else info
+
+
+def _is_single(tensors: Sequence[TensorSpec]) -> bool:
+    """Whether native names have a scope in front of the top module, as in the layout of a single file."""
+    return all(tensor.name.split("/")[0] not in ("model", "lm_head") for tensor in tensors)
+
+
+def _where(name: str, single: bool) -> str:
+    """Path of a tensor in the file. In a single file each top module is a group of its own."""
+    return f"{name.split('/')[1]}/{name}" if single else name
+
+
+def _create(file: Any, where: str, info: TensorInfo) -> int:
+    """Create a dataset, give it its place in the file, and return the offset of that."""
+    plan = _h5py().h5p.create(_h5py().h5p.DATASET_CREATE)
+    plan.set_alloc_time(_h5py().h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(_h5py().h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)  # else the bytes depend on the time of day
+    raw = _raw_info(info)
+    dataset = file.create_dataset(where, raw.shape, raw.dtype, dcpl=plan)
+    if raw != info:
+        dataset.attrs[_DTYPE_ATTRIBUTE] = info.dtype.name
+    return dataset.id.get_offset() or 0
+
+
+def _write_lists(file: Any, names: list[str], single: bool) -> None:
+    """Write the lists by which Keras and `transformers` find the datasets."""
+    if not single:
+        _write_names(file, "layer_names", names)
+        return
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.split("/")[1], []).append(name)
+    _write_names(file, "layer_names", list(groups))
+    file.attrs["backend"] = "tensorflow"
+    file.attrs["keras_version"] = _KERAS_VERSION
+    for group, members in groups.items():
+        _write_names(file[group], "weight_names", members)
+    _write_names(file.create_group("top_level_model_weights"), "weight_names", [])
+
+
+def _write_names(where: Any, name: str, names: list[str]) -> None:
+    """Write a list of names as an attribute, split where Keras splits it."""
+    longest = max((len(text.encode()) for text in names), default=1)
+    per_part = ATTRIBUTE_BYTES // longest
+    text = _h5py().string_dtype("utf-8")
+    if len(names) <= per_part:
+        where.attrs.create(name, names, shape=(len(names),), dtype=text)
+        return
+    for number, start in enumerate(range(0, len(names), per_part)):
+        part = names[start : start + per_part]
+        where.attrs.create(f"{name}{number}", part, shape=(len(part),), dtype=text)

@@ -1,0 +1,245 @@
+"""PyTorch's `.bin` and `.pt`: a pickled state dict and the raw bytes of its storages, without PyTorch.
+
+Two containers: the zip archive of PyTorch 1.6 and later, and the one before, a sequence of pickles followed by the
+storages. Written is the zip archive, such that `torch.load` accepts it with `weights_only=True` and with `mmap=True`.
+"""
+
+import dataclasses
+import mmap
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from conversion.dtypes import BY_NUMPY
+from conversion.formats import torch_pickle
+from conversion.formats.torch_pickle import RefusedError, Storage, StoredTensor
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
+from opt_common.errors import CheckpointError
+from opt_common.params import Scheme
+
+SCHEME: Scheme = "torch"
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_LOCAL_HEADER_BYTES = 30
+_OLD_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
+_OLD_PROTOCOL = 1001
+_OLD_COUNT_BYTES = 8
+
+_ALIGNMENT = 64  # of the records that torch.save writes, so that they can be mapped
+_FIRST_DATE = (1980, 1, 1, 0, 0, 0)
+_ZIP64_EXTRA_BYTES = 20
+_ZIP64_FROM = 1 << 30
+
+
+class TorchReader:
+    """An open PyTorch file that holds a state dict."""
+
+    def __init__(self, path: Path) -> None:
+        self._buffer = map_file(path)
+        is_zip = self._buffer[: len(_ZIP_MAGIC)] == _ZIP_MAGIC
+        state, self._offsets = (_read_zip if is_zip else _read_old)(path, self._buffer)
+        self._stored = _state_dict(path, state)
+        self.scheme: Scheme = SCHEME
+        self.tensors: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self._stored.items()}
+        for tensor in self._stored.values():
+            self._check_storage(path, tensor.storage)
+
+    def _check_storage(self, path: Path, storage: Storage) -> None:
+        if storage.key not in self._offsets:
+            raise damaged(path, f"it has no record of storage {storage.key!r}")
+        size = storage.size * storage.dtype.numpy.itemsize
+        _, stored = self._offsets[storage.key]
+        if size != stored:
+            raise damaged(path, f"storage {storage.key!r} should take {size} bytes, its record has {stored}")
+
+    def read(self, name: str) -> Array:
+        tensor = self._stored[name]
+        storage = tensor.storage
+        start, _ = self._offsets[storage.key]
+        flat = view(self._buffer, start, TensorInfo(storage.dtype.numpy, (storage.size,)))
+        strides = tuple(stride * flat.itemsize for stride in tensor.strides)
+        array = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+        return cast("Array", array)
+
+    def close(self) -> None:
+        # The map itself goes when the last array that looks into it does.
+        del self._buffer
+
+
+def open_reader(path: Path) -> TorchReader:
+    """Open a file; read its pickle without executing anything and validate it against the size of the file.
+
+    Raises:
+        CheckpointError: for anything but a state dict of plain tensors.
+    """
+    return TorchReader(path)
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Bytes that a tensor takes in a file."""
+    return info.nbytes
+
+
+def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
+    """Write a state dict as a zip archive, one tensor at a time; the same tensors give the same bytes.
+
+    Args:
+        path: the new file; the archive's folder is named after it, as `torch.save` does.
+        tensors: what to write; one that `shares` the bytes of an earlier one gets no storage of its own.
+        read: gives the array of a name; it is called once for each storage, in order.
+    """
+    state: dict[str, StoredTensor] = {}
+    for tensor in tensors:
+        if tensor.shares is not None:
+            state[tensor.name] = state[tensor.shares]
+            continue
+        storage = Storage(str(len(state)), BY_NUMPY[tensor.info.dtype], tensor.info.size)
+        state[tensor.name] = StoredTensor(storage, 0, tensor.info.shape, _c_strides(tensor.info.shape))
+    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _write_record(archive, f"{path.stem}/data.pkl", [torch_pickle.dump(state)])
+        _write_record(archive, f"{path.stem}/byteorder", [b"little"])
+        for tensor in tensors:
+            if tensor.shares is None:
+                record = f"{path.stem}/data/{state[tensor.name].storage.key}"
+                parts = (piece.view("u1").data for piece in pieces(read(tensor.name), tensor.info.dtype, tensor.name))
+                _write_record(archive, record, parts, tensor.info.nbytes)
+        _write_record(archive, f"{path.stem}/version", [b"3\n"])
+
+
+def _state_dict(path: Path, state: Any) -> dict[str, StoredTensor]:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected a state dict: tensors by name.")
+    items = cast("dict[Any, Any]", state)
+    others = [str(name) for name, value in items.items() if not isinstance(value, StoredTensor)]
+    if others:
+        raise CheckpointError(
+            f"{path} holds things that are no tensors: {', '.join(others[:5])}. "
+            f"Expected a state dict; save `model.state_dict()` alone."
+        )
+    return {str(name): tensor for name, tensor in items.items()}
+
+
+# The zip archive
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    start: int
+    size: int
+
+
+def _read_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The pickled object, and start and size in bytes of each storage by its key."""
+    records = _records(path, buffer)
+    pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise damaged(path, f"the archive has {len(pickles)} records named data.pkl, expected 1")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = records.get(f"{folder}byteorder")
+    if order is not None and buffer[order.start : order.start + order.size] != b"little":
+        raise CheckpointError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
+    record = records[pickles[0]]
+    state = _load(path, buffer[record.start : record.start + record.size])
+    data = f"{folder}data/"
+    return state, {
+        name.removeprefix(data): (record.start, record.size)
+        for name, record in records.items()
+        if name.startswith(data)
+    }
+
+
+def _load(path: Path, pickle: bytes | mmap.mmap) -> Any:
+    try:
+        return torch_pickle.load(pickle)
+    except RefusedError as error:
+        raise CheckpointError(f"{path}: {error}. Don't trust this file, or save its tensors again.") from None
+
+
+def _records(path: Path, buffer: mmap.mmap) -> dict[str, _Record]:
+    """Where the records of the archive lie; each must be stored as it is, inside the file and beside the others."""
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError, IndexError) as error:
+        raise damaged(path, f"it is not a whole zip archive ({error})") from None
+    records: dict[str, _Record] = {}
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"{path}: record {entry.filename!r} is compressed or encrypted, which torch.save never does. "
+                f"Don't trust this file."
+            )
+        if entry.filename in records:
+            raise damaged(path, f"the record {entry.filename!r} occurs twice")
+        records[entry.filename] = _Record(_payload_start(path, buffer, entry), entry.file_size)
+    position = 0
+    for name, record in sorted(records.items(), key=lambda item: item[1].start):
+        if record.start < position or record.start + record.size > len(buffer):
+            raise damaged(path, f"the record {name!r} overlaps another one or the end of the file")
+        position = record.start + record.size
+    return records
+
+
+def _payload_start(path: Path, buffer: mmap.mmap, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of a record start, by its local header."""
+    header = buffer[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES]
+    if entry.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_ZIP_MAGIC):
+        raise damaged(path, f"the record {entry.filename!r} is not where the archive says")
+    name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, parts: Any, size: int | None = None) -> None:
+    """Add one record whose bytes start at a multiple of `_ALIGNMENT`."""
+    assert archive.fp is not None
+    size = sum(map(len, parts)) if size is None else size
+    large = size > _ZIP64_FROM
+    entry = zipfile.ZipInfo(name, _FIRST_DATE)
+    entry.create_system = 0  # else the bytes depend on the operating system
+    entry.file_size = size
+    start = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(name.encode()) + (_ZIP64_EXTRA_BYTES if large else 0)
+    padding = -(start + 4) % _ALIGNMENT
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(entry, "w", force_zip64=large) as record:
+        for part in parts:
+            record.write(part)
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
+
+
+# The container before PyTorch 1.6
+
+
+def _read_old(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The pickled object, and start and size in bytes of each storage by its key."""
+    magic, protocol, system, state, keys = [_load(path, buffer) for _ in range(5)]
+    if magic != _OLD_MAGIC_NUMBER or protocol != _OLD_PROTOCOL or not isinstance(system, dict):
+        raise damaged(path, "it is neither a zip archive nor a file of torch.save")
+    if cast("dict[str, Any]", system).get("little_endian") is not True:
+        raise CheckpointError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
+    tensors = _state_dict(path, state).values()
+    itemsizes = {tensor.storage.key: tensor.storage.dtype.numpy.itemsize for tensor in tensors}
+    if not isinstance(keys, list):
+        raise damaged(path, "the list of its storages is absent")
+    offsets: dict[str, tuple[int, int]] = {}
+    position = buffer.tell()
+    for key in cast("list[Any]", keys):
+        if not isinstance(key, str) or key not in itemsizes or key in offsets:
+            raise damaged(path, f"it lists a storage {key!r:.40} that no tensor uses, or lists it twice")
+        count = int.from_bytes(buffer[position : position + _OLD_COUNT_BYTES], "little")
+        start, size = position + _OLD_COUNT_BYTES, count * itemsizes[key]
+        position = start + size
+        if position > len(buffer):
+            raise damaged(path, f"storage {key!r} ends at byte {position} of {len(buffer)}")
+        offsets[key] = (start, size)
+    return state, offsets

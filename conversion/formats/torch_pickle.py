@@ -1,0 +1,355 @@
+"""The pickles inside PyTorch's files, read and written without PyTorch and without Python's unpickler.
+
+`load` is a machine for the few opcodes that a state dict is made of. It imports nothing and calls nothing: a global
+is a name that is either in `_KNOWN` or refused, and calling a known one builds a plain value here. Python's own
+`pickle.Unpickler` is no base for this: even with `find_class` overridden, hostile opcodes make it allocate memory or
+set attributes.
+"""
+
+import dataclasses
+import io
+import mmap
+import pickletools
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from conversion.dtypes import BY_TORCH_STORAGE, DType
+from conversion.tensors import TensorInfo, is_length, is_shape
+
+
+class RefusedError(Exception):
+    """A pickle that holds something else than tensors in plain containers; the text says what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """A class or function that a pickle names. Nothing but its name: it can't be called."""
+
+    module: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The flat array of numbers that tensors look into.
+
+    Attributes:
+        key: its name in the file.
+        dtype: type of its elements.
+        size: number of its elements.
+    """
+
+    key: str
+    dtype: DType
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a strided view of a storage; offset and strides count elements, and lie inside the storage."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def info(self) -> TensorInfo:
+        """Dtype and shape."""
+        return TensorInfo(self.storage.dtype.numpy, self.shape)
+
+
+def load(pickle: bytes | mmap.mmap) -> Any:
+    """Read one pickle, from the current position where `pickle` is a mapped file.
+
+    Returns:
+        Numbers, strings, tuples, lists and dicts, with a `StoredTensor` for each tensor.
+
+    Raises:
+        RefusedError: for anything else in the pickle, and for bytes that are no pickle.
+    """
+    machine = _Machine()
+    source: Any = io.BytesIO(pickle) if isinstance(pickle, bytes) else pickle
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+            if count == _MAX_STEPS:
+                raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
+            machine.step(opcode.name, argument)
+        return machine.result()
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, RecursionError) as error:
+        raise RefusedError(f"not a well-formed pickle ({error})") from None
+
+
+_MAX_STEPS = 1_000_000
+"""A step of one byte can make an object of sixty; a state dict takes some thirty steps for each of its tensors."""
+
+_MARK = object()
+
+
+class _Machine:
+    """Stack and memo of a pickle that is being read. Python's own errors stand for a pickle that is malformed."""
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def result(self) -> Any:
+        (value,) = self._stack
+        return value
+
+    def step(self, opcode: str, argument: Any) -> None:
+        """Carry out one opcode."""
+        if opcode in _PUSH_ARGUMENT:
+            self._stack.append(argument)
+        elif opcode in _PUSH_CONSTANT:
+            self._stack.append(_PUSH_CONSTANT[opcode])
+        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._memo[int(argument)] = self.top()
+        elif opcode == "MEMOIZE":
+            self._memo[len(self._memo)] = self.top()
+        elif opcode in ("BINGET", "LONG_BINGET", "GET"):
+            self._stack.append(self._memo[int(argument)])
+        elif opcode in _STEPS:
+            _STEPS[opcode](self)
+        elif opcode == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            self._stack.append(_known(Global(module, name)))
+        elif opcode not in ("PROTO", "FRAME", "STOP"):
+            raise RefusedError(f"the pickle uses {opcode}, which no state dict needs")
+
+    def top(self) -> Any:
+        if self._stack[-1] is _MARK:
+            raise ValueError("a mark where a value is expected")
+        return self._stack[-1]
+
+    def pop(self) -> Any:
+        value = self.top()
+        del self._stack[-1]
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        start = len(self._stack) - 1
+        while self._stack[start] is not _MARK:
+            start -= 1
+            if start < 0:
+                raise ValueError("a mark is missing")
+        values = self._stack[start + 1 :]
+        del self._stack[start:]
+        return values
+
+    def push_dict(self) -> None:
+        self._stack.append({})
+
+    def push_list(self) -> None:
+        self._stack.append([])
+
+    def push_tuple(self) -> None:
+        self._stack.append(tuple(self.pop_to_mark()))
+
+    def push_short_tuple(self, length: int) -> None:
+        self._stack.append(tuple(reversed([self.pop() for _ in range(length)])))
+
+    def append(self) -> None:
+        value = self.pop()
+        self.top_list().append(value)
+
+    def appends(self) -> None:
+        values = self.pop_to_mark()
+        self.top_list().extend(values)
+
+    def top_list(self) -> list[Any]:
+        if not isinstance(self.top(), list):
+            raise TypeError("an item for something that is no list")
+        return self._stack[-1]
+
+    def set_item(self) -> None:
+        value = self.pop()
+        key = self.pop()
+        self.fill_top([key, value])
+
+    def set_items(self) -> None:
+        self.fill_top(self.pop_to_mark())
+
+    def fill_top(self, items: list[Any]) -> None:
+        target = self.top()
+        if not isinstance(target, dict) or len(items) % 2:
+            raise TypeError("an item for something that is no dict")
+        _fill(cast("dict[Any, Any]", target), zip(items[::2], items[1::2], strict=True))
+
+    def push_stack_global(self) -> None:
+        name, module = self.pop(), self.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a global whose name is no string")
+        self._stack.append(_known(Global(module, name)))
+
+    def push_storage(self) -> None:
+        self._stack.append(_storage(self.pop()))
+
+    def reduce(self) -> None:
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
+            raise RefusedError("the pickle calls something that is no known function")
+        self._stack.append(_call(function, cast("tuple[Any, ...]", arguments)))
+
+    def build(self) -> None:
+        # A state dict carries the versions of its modules as an attribute; nobody needs them.
+        self.pop()
+        if not isinstance(self.top(), dict):
+            raise RefusedError("the pickle sets the attributes of an object")
+
+
+_PUSH_ARGUMENT = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+)
+_PUSH_CONSTANT: dict[str, Any] = {"MARK": _MARK, "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_STEPS: dict[str, Callable[[_Machine], None]] = {
+    "EMPTY_DICT": _Machine.push_dict,
+    "EMPTY_LIST": _Machine.push_list,
+    "TUPLE": _Machine.push_tuple,
+    "TUPLE1": lambda machine: machine.push_short_tuple(1),
+    "TUPLE2": lambda machine: machine.push_short_tuple(2),
+    "TUPLE3": lambda machine: machine.push_short_tuple(3),
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items,
+    "STACK_GLOBAL": _Machine.push_stack_global,
+    "BINPERSID": _Machine.push_storage,
+    "REDUCE": _Machine.reduce,
+    "BUILD": _Machine.build,
+}
+
+
+# What a pickle may name and call
+
+
+def _known(name: Global) -> Global:
+    if name not in _KNOWN and name.module + "." + name.name not in _STORAGE_CLASSES:
+        raise RefusedError(
+            f"the pickle wants {name.module}.{name.name}, which is no part of a state dict; nothing was executed"
+        )
+    return name
+
+
+def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
+    if function not in _KNOWN:
+        raise RefusedError(f"the pickle calls {function.module}.{function.name}")
+    return _KNOWN[function](*arguments)
+
+
+def _storage(identifier: Any) -> Storage:
+    """The storage that a persistent id of `torch.save` stands for."""
+    # ("storage", class, key, device, elements), in the old container with a sixth: a view into another storage.
+    if not isinstance(identifier, tuple) or len(cast("tuple[Any, ...]", identifier)) not in (5, 6):
+        raise RefusedError("a storage is not described as torch.save describes one")
+    kind, storage_class, key, _, size, *rest = cast("tuple[Any, ...]", identifier)
+    if kind != "storage" or not isinstance(storage_class, Global) or not isinstance(key, str) or not is_length(size):
+        raise RefusedError("a storage is not described as torch.save describes one")
+    if rest not in ([], [None]):
+        raise RefusedError(f"storage {key!r} is a view of another one; save the state dict with a newer PyTorch")
+    row = _STORAGE_CLASSES.get(storage_class.module + "." + storage_class.name)
+    if row is None:
+        raise RefusedError(f"storage {key!r} is of class {storage_class.name}, which holds no plain numbers")
+    return Storage(key, row, size)
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
+    """A strided view of a storage, checked to lie inside it. Further arguments concern gradients only."""
+    if not isinstance(storage, Storage) or not is_length(offset) or not is_shape(shape) or not is_shape(strides):
+        raise RefusedError("a tensor is not described by a storage, an offset, a shape and strides")
+    if len(shape) != len(strides):
+        raise RefusedError(f"a tensor has shape {shape} but strides {strides}")
+    tensor = StoredTensor(storage, offset, tuple(shape), tuple(strides))
+    size = tensor.info.size
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    # The second condition keeps strides of zero from blowing a few bytes up to terabytes.
+    if size and (last >= storage.size or size > storage.size - offset):
+        raise RefusedError(
+            f"a tensor of shape {list(shape)} does not lie in its storage {storage.key!r} of {storage.size} elements"
+        )
+    return tensor
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
+    """A parameter is its tensor; the other arguments concern gradients only."""
+    if not isinstance(tensor, StoredTensor):
+        raise RefusedError("a parameter is made of something that is no tensor")
+    return tensor
+
+
+def _ordered_dict(items: Any = ()) -> dict[str, Any]:
+    result: dict[Any, Any] = {}
+    if not isinstance(items, list | tuple):
+        raise TypeError("an OrderedDict of something that is no list")
+    _fill(result, cast("list[Any]", items))
+    return result
+
+
+def _fill(target: dict[Any, Any], items: Iterable[Any]) -> None:
+    for key, value in items:
+        # Hashing a tuple that is nested a million deep would end the process.
+        if not isinstance(key, str | int):
+            raise RefusedError(f"a dict has a key of type {type(key).__name__}")
+        if key in target:
+            raise RefusedError(f"the key {key!r} occurs twice in a dict")
+        target[key] = value
+
+
+def _size(shape: Any = ()) -> tuple[int, ...]:
+    if not is_shape(shape):
+        raise RefusedError("a torch.Size holds something else than lengths")
+    return tuple(shape)
+
+
+_ORDERED_DICT = Global("collections", "OrderedDict")
+_REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
+
+_KNOWN: Mapping[Global, Callable[..., Any]] = {
+    _ORDERED_DICT: _ordered_dict,
+    _REBUILD_TENSOR: _rebuild_tensor,
+    Global("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    Global("torch", "Size"): _size,
+}
+_STORAGE_CLASSES = {f"torch.{name}": row for name, row in BY_TORCH_STORAGE.items()}
+
+
+# Writing
+
+
+def dump(tensors: Mapping[str, StoredTensor]) -> bytes:
+    """The pickle of a state dict: what `torch.save` writes for a plain dict, in protocol 2, without the memo."""
+    parts = [b"\x80\x02}("]
+    for name, tensor in tensors.items():
+        row = tensor.storage.dtype
+        assert row.torch_storage is not None, row.name
+        parts += [
+            _text(name),
+            _global(_REBUILD_TENSOR),
+            b"((",
+            _text("storage") + _global(Global("torch", row.torch_storage)),
+            _text(tensor.storage.key) + _text("cpu") + _integer(tensor.storage.size) + b"tQ",
+            _integer(tensor.offset) + _integers(tensor.shape) + _integers(tensor.strides),
+            b"\x89" + _global(_ORDERED_DICT) + b")RtR",
+        ]
+    return b"".join([*parts, b"u."])
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+def _global(name: Global) -> bytes:
+    return f"c{name.module}\n{name.name}\n".encode()
+
+
+def _integer(number: int) -> bytes:
+    if number < 1 << 31:
+        return b"J" + number.to_bytes(4, "little")
+    return b"\x8a\x08" + number.to_bytes(8, "little")
+
+
+def _integers(numbers: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(_integer, numbers)) + b"t"

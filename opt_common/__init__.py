@@ -1,0 +1,27 @@
+"""What the OPT models have in common, whatever the framework: configuration, parameters, tokenizer, decoding rules."""
+
+from opt_common.config import OPTConfig
+from opt_common.errors import (
+    CheckpointError,
+    ConfigError,
+    GenerationError,
+    InputError,
+    MissingFrameworkError,
+    OPTError,
+    TokenizerError,
+)
+from opt_common.generation import GenerationConfig
+from opt_common.tokenizer import OPTTokenizer
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GenerationConfig",
+    "GenerationError",
+    "InputError",
+    "MissingFrameworkError",
+    "OPTConfig",
+    "OPTError",
+    "OPTTokenizer",
+    "TokenizerError",
+]

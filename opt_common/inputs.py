@@ -1,0 +1,136 @@
+"""What the arguments of a model call must satisfy, stated once for the three backends.
+
+An embedding lookup out of its table is an index error in PyTorch, a device assert on a GPU and a silently wrong row
+under XLA; here it is one sentence, before anything is computed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from opt_common.config import POSITION_OFFSET, OPTConfig
+from opt_common.errors import InputError, join_problems
+
+DROPPED_ARGUMENTS = {
+    "return_dict": "results are always records; read .logits, .loss, … from them",
+    "head_mask": "no head is ever masked; zero the head's rows of v_proj and of its bias instead",
+    "cache_position": "the cache knows its length; leave the argument out",
+    "token_type_ids": "OPT has no token types; leave the argument out",
+    "params": "the model holds its parameters; use nnx.merge to call it with others",
+    "train": "call model.train() or model.eval() first",
+}
+"""Arguments of Hugging Face's OPT classes that this package left out on purpose, and what to write instead."""
+
+
+def reject_dropped(arguments: Mapping[str, Any]) -> None:
+    """Explain each argument that a call does not take.
+
+    Raises:
+        InputError: for an argument that Hugging Face has and this package dropped, saying what to write instead.
+        TypeError: for any other, as Python would.
+    """
+    if problems := [
+        f"{name}= is not taken: {DROPPED_ARGUMENTS[name]}." for name in arguments if name in DROPPED_ARGUMENTS
+    ]:
+        raise InputError(join_problems(problems))
+    for name in arguments:
+        raise TypeError(f"the model got an unexpected keyword argument {name!r}")
+
+
+def check_inputs(
+    config: OPTConfig,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, npt.NDArray[Any]],
+    past_length: int | None = 0,
+    past_capacity: int = 0,
+) -> None:
+    """Check the arguments of one call.
+
+    Args:
+        config: the model's configuration.
+        shapes: shape of each array given among input_ids, inputs_embeds, attention_mask, position_ids and labels.
+        values: those whose values are known on the host; under a compiler there are none.
+        past_length: number of tokens in the cache, or None when a compiler traces it.
+        past_capacity: number of slots of the cache.
+
+    Raises:
+        InputError: naming everything that is wrong.
+    """
+    problems = _shape_problems(config, shapes, past_length, past_capacity)
+    # Wrong shapes make the values meaningless: tell of the shapes alone.
+    if not problems:
+        problems = _value_problems(config, shapes, values, past_length)
+    if problems:
+        raise InputError(join_problems(problems))
+
+
+def _shape_problems(
+    config: OPTConfig, shapes: Mapping[str, tuple[int, ...]], past_length: int | None, past_capacity: int
+) -> list[str]:
+    if ("input_ids" in shapes) == ("inputs_embeds" in shapes):
+        given = "both" if "input_ids" in shapes else "neither"
+        return [f"Expected either input_ids or inputs_embeds, got {given}."]
+    if "input_ids" in shapes:
+        if len(shapes["input_ids"]) != 2:
+            return [f"input_ids has shape {shapes['input_ids']}, expected (batch, length)."]
+    elif len(shapes["inputs_embeds"]) != 3 or shapes["inputs_embeds"][2] != config.word_embed_proj_dim:
+        expected = f"(batch, length, {config.word_embed_proj_dim})"
+        return [f"inputs_embeds has shape {shapes['inputs_embeds']}, expected {expected}."]
+    batch, length = shapes.get("input_ids") or shapes["inputs_embeds"][:2]
+    if not batch or not length:
+        return [
+            f"The input is empty (batch {batch}, length {length}). Give at least one token; the tokenizer's </s> will do."
+        ]
+
+    problems: list[str] = []
+    for name in ("position_ids", "labels"):
+        if name in shapes and shapes[name] != (batch, length):
+            problems.append(f"{name} has shape {shapes[name]}, expected {(batch, length)} as the input has.")
+    if "attention_mask" in shapes:
+        widths = {past_capacity} if past_length is None else {past_length + length, past_capacity} - {0}
+        if shapes["attention_mask"] not in {(batch, width) for width in widths}:
+            wide = " or ".join(str((batch, width)) for width in sorted(widths))
+            problems.append(
+                f"attention_mask has shape {shapes['attention_mask']}, expected {wide}: past and new tokens."
+            )
+    return problems
+
+
+def _value_problems(
+    config: OPTConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, npt.NDArray[Any]],
+    past_length: int | None,
+) -> list[str]:
+    problems: list[str] = []
+    longest = None
+    if "attention_mask" in values:
+        mask = values["attention_mask"]
+        if not ((mask == 0) | (mask == 1)).all():
+            problems.append("attention_mask has values other than 0 and 1. Give 1 for a token and 0 for padding.")
+        longest = int(mask.sum(1).max())
+    elif past_length is not None and "attention_mask" not in shapes:
+        longest = past_length + (shapes.get("input_ids") or shapes["inputs_embeds"])[1]
+    limit = config.max_position_embeddings
+    if "position_ids" in values:
+        problems += _range_problem("position_ids", values["position_ids"], 1 - POSITION_OFFSET, limit - 1)
+    elif longest is not None and longest > limit and "position_ids" not in shapes:
+        problems.append(f"The input is {longest} tokens long, but this model has positions for {limit}. Shorten it.")
+    if "input_ids" in values:
+        problems += _range_problem("input_ids", values["input_ids"], 0, config.vocab_size - 1)
+    if "labels" in values:
+        labels = values["labels"]
+        problems += _range_problem("labels", labels[labels != -100], 0, config.vocab_size - 1)
+    return problems
+
+
+def _range_problem(name: str, values: npt.NDArray[Any], low: int, high: int) -> list[str]:
+    if values.dtype.kind not in "iu":
+        return [f"{name} has dtype {values.dtype}, expected integers."]
+    outside = values[(values < low) | (values > high)]
+    if not outside.size:
+        return []
+    return [f"{name} has the value {int(outside.flat[0])}, expected values from {low} to {high}."]

@@ -1,0 +1,57 @@
+"""What a model call returns: small typed records, the same fields in all three frameworks."""
+
+import dataclasses
+from typing import Any, NoReturn
+
+from opt_common.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ModelOutput:
+    """Base of the records. Fields are read by name; there is no tuple form."""
+
+    def __getitem__(self, key: object) -> NoReturn:
+        names = ", ".join(f".{field.name}" for field in dataclasses.fields(self))
+        raise InputError(
+            f"{type(self).__name__}[{key!r}]: results have no tuple or dict form; read a field by its name: {names}."
+        )
+
+    def __iter__(self) -> NoReturn:
+        self[0]  # the same sentence: unpacking is indexing in disguise
+        raise AssertionError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OPTModelOutput(ModelOutput):
+    """Result of a bare decoder.
+
+    Attributes:
+        last_hidden_state: (B, T, E), after the final norm and `project_out`.
+        past_key_values: the `KVCache` that covers past and new tokens, or None.
+        hidden_states: on request, L + 1 arrays: the input of each layer (B, T, D), then `last_hidden_state`.
+        attentions: on request, L arrays (B, N, T, S) of attention probabilities.
+    """
+
+    last_hidden_state: Any
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OPTCausalLMOutput(ModelOutput):
+    """Result of a language model.
+
+    Attributes:
+        loss: scalar, at least float32, if labels were given.
+        logits: (B, T, V), in the model's dtype.
+        past_key_values: as in `OPTModelOutput`.
+        hidden_states: as in `OPTModelOutput`.
+        attentions: as in `OPTModelOutput`.
+    """
+
+    loss: Any = None
+    logits: Any
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None

@@ -1,0 +1,134 @@
+"""THE parameter table: which tensors an OPT model has, and what each framework calls them.
+
+`parameter_table` derives it from a configuration. Checkpoint readers and writers, the loaders of the three backends,
+the tests and a page of the documentation all read it here; nothing else in the package spells out a parameter's name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from opt_common.config import POSITION_OFFSET, OPTConfig
+
+Scheme = Literal["torch", "keras", "nnx"]
+"""Whose leaf names and layouts: PyTorch and Hugging Face torch, Keras (and Hugging Face TF), Flax (and Hugging Face Flax)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """How the frameworks name one kind of tensor, and whether Keras and Flax store it transposed."""
+
+    torch: str
+    keras: str
+    nnx: str
+    transposed: bool = False
+
+
+LEAVES = {
+    "linear.weight": Leaf("weight", "kernel", "kernel", transposed=True),
+    "linear.bias": Leaf("bias", "bias", "bias"),
+    "embedding.weight": Leaf("weight", "embeddings", "embedding"),
+    "layer_norm.weight": Leaf("weight", "gamma", "scale"),
+    "layer_norm.bias": Leaf("bias", "beta", "bias"),
+}
+"""Leaf names by kind of tensor. The canonical name and layout of a tensor are PyTorch's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One tensor of a model.
+
+    Attributes:
+        name: canonical name, which is Hugging Face's torch name in an `OPTForCausalLM`.
+        kind: key of `LEAVES`.
+        axes: one letter an axis: V vocabulary, E word_embed_proj_dim, D hidden_size, F ffn_dim, P position rows.
+        shape: length of each axis, in the canonical layout.
+    """
+
+    name: str
+    kind: str
+    axes: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def leaf(self, scheme: Scheme) -> str:
+        """The last part of the tensor's name in a framework."""
+        return getattr(LEAVES[self.kind], scheme)
+
+    def path(self, scheme: Scheme) -> tuple[str, ...]:
+        """The parts of the tensor's name in a framework: ("model", "decoder", …, leaf)."""
+        return (*self.name.split(".")[:-1], self.leaf(scheme))
+
+    def transposed(self, scheme: Scheme) -> bool:
+        """Whether a framework stores the transpose of the canonical layout."""
+        return scheme != "torch" and LEAVES[self.kind].transposed
+
+
+def module_kind(module: str) -> str:
+    """The kind of a submodule, "linear", "embedding" or "layer_norm", from the last part of its name."""
+    if module.startswith("embed_"):
+        return "embedding"
+    return "layer_norm" if module.endswith("layer_norm") else "linear"
+
+
+def parameter_table(config: OPTConfig, *, head: Literal["lm"] | None = "lm") -> tuple[Parameter, ...]:
+    """Every tensor of a model of this configuration, in the order of Hugging Face's `state_dict`.
+
+    Args:
+        config: the model's configuration.
+        head: "lm" for a language model, None for the bare decoder. A tied head is not a parameter.
+    """
+    return tuple(_parameters(config, head))
+
+
+def count_parameters(config: OPTConfig) -> int:
+    """Number of elements in all parameters of a language model of this configuration."""
+    return sum(parameter.size for parameter in parameter_table(config))
+
+
+def _parameters(config: OPTConfig, head: str | None) -> Iterator[Parameter]:
+    lengths = {
+        "V": config.vocab_size,
+        "E": config.word_embed_proj_dim,
+        "D": config.hidden_size,
+        "F": config.ffn_dim,
+        "P": config.max_position_embeddings + POSITION_OFFSET,
+    }
+
+    def parameter(module: str, leaf: str, axes: str) -> Parameter:
+        kind = f"{module_kind(module.rpartition('.')[2])}.{leaf}"
+        return Parameter(f"{module}.{leaf}", kind, axes, tuple(lengths[axis] for axis in axes))
+
+    def linear(module: str, axes: str) -> Iterator[Parameter]:
+        yield parameter(module, "weight", axes)
+        if config.enable_bias:
+            yield parameter(module, "bias", axes[0])
+
+    def layer_norm(module: str) -> Iterator[Parameter]:
+        if config.layer_norm_elementwise_affine:
+            yield parameter(module, "weight", "D")
+            yield parameter(module, "bias", "D")
+
+    yield parameter("model.decoder.embed_tokens", "weight", "VE")
+    yield parameter("model.decoder.embed_positions", "weight", "PD")
+    if config.has_projection:
+        # Neither projection ever has a bias, whatever enable_bias says.
+        yield parameter("model.decoder.project_out", "weight", "ED")
+        yield parameter("model.decoder.project_in", "weight", "DE")
+    if config.has_final_layer_norm:
+        yield from layer_norm("model.decoder.final_layer_norm")
+    for index in range(config.num_hidden_layers):
+        layer = f"model.decoder.layers.{index}"
+        for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield from linear(f"{layer}.self_attn.{projection}", "DD")
+        yield from layer_norm(f"{layer}.self_attn_layer_norm")
+        yield from linear(f"{layer}.fc1", "FD")
+        yield from linear(f"{layer}.fc2", "DF")
+        yield from layer_norm(f"{layer}.final_layer_norm")
+    if head == "lm" and not config.tie_word_embeddings:
+        yield parameter("lm_head", "weight", "VE")

@@ -1,0 +1,122 @@
+"""Attention proper: the mask rule and the kernels that compute it.
+
+The rule, the scaling and the value added to a masked score are those of `opt_common.reference`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from opt_common.errors import InputError, MissingFrameworkError
+
+IMPLEMENTATIONS = ("xla", "eager", "cudnn")
+"""Values of `attn_implementation`. Attention probabilities, when asked for, always come from "eager"."""
+
+DEFAULT_IMPLEMENTATION = "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """What a query may attend to.
+
+    Attributes:
+        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None means
+            that each of the T queries attends to every key up to its own, the last query to all of them.
+    """
+
+    bias_BNTS: Array | None = None
+
+
+def check_implementation(implementation: str) -> str:
+    """The name of an implementation that can run here.
+
+    Raises:
+        InputError: for a name that is not in `IMPLEMENTATIONS`.
+        MissingFrameworkError: for one whose device is absent.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"attn_implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        raise MissingFrameworkError(
+            f"attn_implementation='cudnn' needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}. Use 'xla'."
+        )
+    return implementation
+
+
+def attention_bias(attention_mask_BS: Array | None, T: int, S: int, offset: int | Array, like: Array) -> Array:
+    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s if s <= offset + t and s is no padding.
+
+    Args:
+        attention_mask_BS: (B, S) of ones and zeros, or None for all ones.
+        T: number of queries.
+        S: number of key slots.
+        offset: slot of the first query.
+        like: array whose dtype the bias gets.
+    """
+    slots_S = jnp.arange(S)
+    allowed_BNTS = (slots_S <= offset + jnp.arange(T)[:, None])[None, None]
+    if attention_mask_BS is not None:
+        allowed_BNTS = allowed_BNTS & (attention_mask_BS != 0)[:, None, None]
+    return jnp.where(allowed_BNTS, 0, jnp.finfo(like.dtype).min).astype(like.dtype)
+
+
+def attend(
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    masking: Masking,
+    *,
+    implementation: str,
+    dropout: Callable[[Array], Array] | None,
+    need_probs: bool,
+) -> tuple[Array, Array | None]:
+    """Attention of scaled queries.
+
+    Args:
+        q_BTNH: queries, already scaled.
+        k_BSNH: keys.
+        v_BSNH: values.
+        masking: what each query may attend to.
+        implementation: one of `IMPLEMENTATIONS`.
+        dropout: drops attention probabilities; None where none is dropped. Only "eager" can.
+        need_probs: whether the probabilities are wanted, which only "eager" has.
+
+    Returns:
+        The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
+    """
+    # The fused kernels sum in float32 whatever they are given: too little for float64, and on a CPU not there for float16.
+    unfused = q_BTNH.dtype == jnp.float64 or (q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu")
+    if need_probs or implementation == "eager" or dropout is not None or unfused:
+        context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
+        return context_BTNH, probs_BNTS if need_probs else None
+    return _fused(q_BTNH, k_BSNH, v_BSNH, masking, implementation), None
+
+
+def _eager(
+    q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking, dropout: Callable[[Array], Array] | None
+) -> tuple[Array, Array]:
+    T, S = q_BTNH.shape[1], k_BSNH.shape[1]
+    bias_BNTS = masking.bias_BNTS if masking.bias_BNTS is not None else attention_bias(None, T, S, S - T, q_BTNH)
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH)
+    # Softmax sums in float32 at least, whatever the model computes in.
+    scores_BNTS = scores_BNTS.astype(jnp.promote_types(scores_BNTS.dtype, jnp.float32)) + bias_BNTS
+    probs_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(q_BTNH.dtype)
+    if dropout is not None:
+        probs_BNTS = dropout(probs_BNTS)
+    return jnp.einsum("bnts,bsnh->btnh", probs_BNTS, v_BSNH), probs_BNTS
+
+
+def _fused(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking, implementation: str) -> Array:
+    T = q_BTNH.shape[1]
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        bias=masking.bias_BNTS,
+        is_causal=masking.bias_BNTS is None and T > 1,
+        scale=1.0,
+        implementation=implementation,
+    )

@@ -1,0 +1,152 @@
+"""Loading and saving Flax models, from and to any checkpoint format; the formats themselves are in `conversion`."""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from conversion import checked_parameters, open_checkpoint, save_checkpoint
+from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
+from opt_common.hub import resolve
+from opt_common.params import Parameter, parameter_table
+from opt_common.pretrained import choose_dtype
+
+
+class Pretrained:
+    """What every model class can do with checkpoints."""
+
+    head: ClassVar[Literal["lm"] | None]
+    config: OPTConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: str | DTypeLike | None = None,
+        attn_implementation: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ) -> Self:
+        """Load a checkpoint, in evaluation mode.
+
+        Args:
+            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
+                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            revision: branch, tag or commit of the repository.
+            dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
+            attn_implementation: one of `opt_flax.attention.IMPLEMENTATIONS`; None means "xla".
+            cache_dir: where downloads are kept; None means the Hub client's own place.
+            token: the Hub's access token.
+            local_files_only: whether to use only what is already there.
+            rngs: source of dropout's random numbers, should the model be trained; None means `nnx.Rngs(0)`.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors are not those of its configuration.
+            ConfigError: if its configuration is none of an OPT model.
+        """
+        directory = resolve(
+            path_or_id,
+            prefer="flax",
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        with open_checkpoint(directory, prefer="flax") as checkpoint:
+            config = checkpoint.config
+            table = parameter_table(config, head=cls.head)
+            checked_parameters(checkpoint, table)
+            requested = dtype
+            stored = checkpoint.info(table[0].name).dtype.name
+            name = choose_dtype(
+                requested if requested is None or requested == "auto" else jnp.dtype(requested).name, stored
+            )
+            # Built without storage, so that no memory is spent on weights that are replaced at once.
+            model = nnx.eval_shape(
+                lambda: cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, rngs=nnx.Rngs(0))
+            )
+            for parameter in table:
+                array = to_array(checkpoint.read(parameter.name), parameter, name)
+                assign(model, parameter, array)
+        rngs = rngs or nnx.Rngs(0)
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, nnx.Dropout):
+                module.rngs = rngs["dropout"].fork()
+        if cls.head == "lm":
+            model.generation_config = GenerationConfig.from_directory(Path(directory), config)
+        model.eval()
+        return model
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        format: str = "safetensors",  # noqa: A002  (the word users know)
+        dtype: str | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
+        """Write a checkpoint that this package and Hugging Face `transformers` read.
+
+        Args:
+            directory: where to; made if it does not exist.
+            format: "safetensors", "torch", "tf" or "flax".
+            dtype: dtype to store; None means the model's.
+            max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+        """
+        settings = getattr(self, "generation_config", None)
+        save_checkpoint(
+            directory,
+            self.config,
+            parameter_table(self.config, head=self.head),
+            lambda parameter: to_numpy(find(self, parameter)[...], parameter),
+            format=format,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            generation_config=settings,
+        )
+
+
+def find(model: Any, parameter: Parameter) -> nnx.Param[Array]:
+    """The model's own variable for a row of the parameter table."""
+    module, leaf = local_place(model, parameter)
+    return getattr(module, leaf)
+
+
+def assign(model: Any, parameter: Parameter, array: Array) -> None:
+    """Put an array where a row of the parameter table says, in place of the one that is there."""
+    module, leaf = local_place(model, parameter)
+    setattr(module, leaf, nnx.Param(array))
+
+
+def local_place(model: Any, parameter: Parameter) -> tuple[Any, str]:
+    """The submodule of a model that holds a parameter, and the parameter's name there."""
+    path = parameter.path("nnx")
+    *modules, leaf = path if model.head == "lm" else path[1:]
+    module = model
+    for name in modules:
+        module = module[int(name)] if name.isdecimal() else getattr(module, name)
+    return module, leaf
+
+
+def to_array(array: np.ndarray, parameter: Parameter, dtype: DTypeLike) -> Array:
+    """An array on JAX's device, in Flax's layout, from one in the canonical layout."""
+    return jnp.asarray(array.T if parameter.transposed("nnx") else array, dtype=dtype)
+
+
+def to_numpy(array: Array, parameter: Parameter) -> np.ndarray:
+    """An array in the canonical layout from one in Flax's."""
+    host_array = np.asarray(array)
+    return host_array.T if parameter.transposed("nnx") else host_array

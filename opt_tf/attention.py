@@ -1,0 +1,102 @@
+"""Attention proper: the mask rule and the arithmetic.
+
+The rule, the scaling and the value added to a masked score are those of `opt_common.reference`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from opt_common.errors import InputError
+
+IMPLEMENTATIONS = ("eager",)
+"""Values of `attn_implementation`: TensorFlow has no fused attention kernel."""
+
+DEFAULT_IMPLEMENTATION = "eager"
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    """What a query may attend to.
+
+    Attributes:
+        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None means
+            that each of the T queries attends to every key up to its own, the last query to all of them.
+    """
+
+    bias_BNTS: tf.Tensor | None = None
+
+
+def check_implementation(implementation: str) -> str:
+    """The name of an implementation that can run here.
+
+    Raises:
+        InputError: for a name that is not in `IMPLEMENTATIONS`.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"attn_implementation is {implementation!r}, expected one of {', '.join(IMPLEMENTATIONS)}.")
+    return implementation
+
+
+def attention_bias(
+    attention_mask_BS: tf.Tensor | None, T: int, S: int, offset: int | tf.Tensor, like: tf.Tensor
+) -> tf.Tensor:
+    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s if s <= offset + t and s is no padding.
+
+    Args:
+        attention_mask_BS: (B, S) of ones and zeros, or None for all ones.
+        T: number of queries.
+        S: number of key slots.
+        offset: slot of the first query.
+        like: tensor whose dtype the bias gets.
+    """
+    slots_S = tf.range(S)
+    allowed_BNTS = (slots_S <= offset + tf.range(T)[:, None])[None, None]
+    if attention_mask_BS is not None:
+        allowed_BNTS = allowed_BNTS & (attention_mask_BS != 0)[:, None, None]
+    return tf.where(allowed_BNTS, tf.zeros((), like.dtype), like.dtype.min)
+
+
+def attend(
+    q_BTNH: tf.Tensor,
+    k_BSNH: tf.Tensor,
+    v_BSNH: tf.Tensor,
+    masking: Masking,
+    *,
+    dropout: Callable[[tf.Tensor], tf.Tensor],
+    need_probs: bool,
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """Attention of scaled queries.
+
+    Args:
+        q_BTNH: queries, already scaled.
+        k_BSNH: keys.
+        v_BSNH: values.
+        masking: what each query may attend to.
+        dropout: drops attention probabilities in training.
+        need_probs: whether the probabilities are wanted.
+
+    Returns:
+        The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
+    """
+    context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
+    return context_BTNH, probs_BNTS if need_probs else None
+
+
+def _eager(
+    q_BTNH: tf.Tensor,
+    k_BSNH: tf.Tensor,
+    v_BSNH: tf.Tensor,
+    masking: Masking,
+    dropout: Callable[[tf.Tensor], tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    T, S = tf.shape(q_BTNH)[1], tf.shape(k_BSNH)[1]
+    bias_BNTS = masking.bias_BNTS if masking.bias_BNTS is not None else attention_bias(None, T, S, S - T, q_BTNH)
+    scores_BNTS = tf.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH)
+    # Softmax sums in float32 at least, whatever the model computes in.
+    at_least_float32 = tf.float64 if scores_BNTS.dtype == tf.float64 else tf.float32
+    scores_BNTS = tf.cast(scores_BNTS, at_least_float32) + tf.cast(bias_BNTS, at_least_float32)
+    probs_BNTS = tf.cast(tf.nn.softmax(scores_BNTS, axis=-1), q_BTNH.dtype)
+    probs_BNTS = dropout(probs_BNTS)
+    return tf.einsum("bnts,bsnh->btnh", probs_BNTS, v_BSNH), probs_BNTS

@@ -1,0 +1,95 @@
+"""The key and value cache of a decoder: a value that goes in, and a new one that comes out."""
+
+import dataclasses
+from typing import Any, Self
+
+import keras
+import tensorflow as tf
+
+from opt_common.config import OPTConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KVCache:
+    """Keys and values of the tokens a decoder has seen.
+
+    A cache is a value: what was handed out stays right whatever is computed from it afterwards, so one prefix can be
+    continued in many ways. It passes through `tf.function`, where its capacity must suffice: a compiled function can't
+    make room.
+
+    Attributes:
+        keys: L tensors (B, S, N, H), S the capacity; slots from `length` on hold nothing.
+        values: likewise.
+        length: number of tokens held; a symbolic integer inside `tf.function`.
+    """
+
+    keys: tuple[tf.Tensor, ...]
+    values: tuple[tf.Tensor, ...]
+    length: int | tf.Tensor
+
+    @property
+    def capacity(self) -> int:
+        """S, number of slots."""
+        return self.keys[0].shape[1]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: OPTConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: str | tf.DType = "float32",
+    ) -> Self:
+        """An empty cache with room for `capacity` tokens a row."""
+        shape_BSNH = (batch_size, capacity, config.num_attention_heads, config.head_dim)
+        keys, values = (
+            tuple(tf.zeros(shape_BSNH, dtype=dtype) for _ in range(config.num_hidden_layers)) for _ in range(2)
+        )
+        return cls(keys, values, 0)
+
+    def with_room(self, new_tokens: int) -> Self:
+        """The same cache with at least `new_tokens` free slots."""
+        if is_traced(self.length):
+            return self
+        cache = dataclasses.replace(self, length=int(self.length))
+        needed = cache.length + new_tokens
+        if needed <= self.capacity:
+            return cache
+        # Doubling makes the copies of a long continuation cost no more than the continuation.
+        capacity = max(needed, 2 * self.capacity)
+
+        def moved(buffer_BSNH: tf.Tensor) -> tf.Tensor:
+            return tf.pad(buffer_BSNH, ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0)))
+
+        return dataclasses.replace(
+            cache,
+            keys=tuple(map(moved, self.keys)),
+            values=tuple(map(moved, self.values)),
+        )
+
+    def extended(self, keys: tuple[tf.Tensor, ...], values: tuple[tf.Tensor, ...], new_tokens: int) -> Self:
+        """The cache after `new_tokens` more tokens, given each layer's buffers with those tokens appended."""
+        length = self.length + new_tokens
+        return dataclasses.replace(self, keys=keys, values=values, length=length)
+
+    def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
+        return (), (self.keys, self.values, self.length)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple[()], components: tuple[Any, ...]) -> Self:
+        return cls(*components)
+
+
+def append(buffer_BSNH: tf.Tensor, new_BTNH: tf.Tensor, offset: int | tf.Tensor) -> tf.Tensor:
+    """Write new keys or values at slot `offset`, into a copy unless the compiler may reuse the old buffer."""
+    T = new_BTNH.shape[1]
+    new_BTNH = tf.cast(new_BTNH, buffer_BSNH.dtype)
+    if isinstance(offset, int):
+        return tf.concat((buffer_BSNH[:, :offset], new_BTNH, buffer_BSNH[:, offset + T :]), axis=1)
+    return keras.ops.slice_update(buffer_BSNH, (0, offset, 0, 0), new_BTNH)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only to the function being traced, not to Python."""
+    return keras.backend.is_keras_tensor(value) or (tf.is_tensor(value) and not hasattr(value, "numpy"))

@@ -1,0 +1,623 @@
+"""The OPT model in TensorFlow, as Keras 3 models.
+
+    TFOPTForCausalLM ── lm_head ─────────────────────────── logits BTV
+      TFOPTModel ── checks its inputs
+        TFOPTDecoder
+          embed_tokens BT → BTE, project_in BTE → BTD ─┐
+          embed_positions BT → BTD ────────────────────┴ + → BTD
+          layers: TFOPTDecoderLayer = TFOPTAttention + feed-forward, BTD → BTD
+          final_layer_norm, project_out BTD → BTE
+
+Names and numbers are Hugging Face's; the definition is `opt_common.reference`. Axis letters: B batch, T query length,
+S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.generation import GenerationConfig
+from opt_common.inputs import check_inputs, reject_dropped
+from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.reference import IGNORED_LABEL
+from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
+from opt_tf.cache import KVCache, append, is_traced
+from opt_tf.checkpoint import Pretrained
+from opt_tf.generation import generate
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "relu": tf.nn.relu,
+    # tf.nn.gelu rounds its constants to float32, whatever the dtype of x.
+    "gelu": lambda x: 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5)),
+    "gelu_new": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+def positions(attention_mask_BS: tf.Tensor) -> tf.Tensor:
+    """The position rule: attended tokens count 0, 1, 2, …; a masked slot is -1."""
+    return tf.cumsum(attention_mask_BS, axis=1) * attention_mask_BS - 1
+
+
+class TFOPTAttention(keras.layers.Layer):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: OPTConfig, build: "Builder") -> None:
+        super().__init__(dtype=build.dtype, name="self_attn")
+        D = config.hidden_size
+        self.config = config
+        self.k_proj = build.linear(D, D, use_bias=config.enable_bias, name="k_proj")
+        self.v_proj = build.linear(D, D, use_bias=config.enable_bias, name="v_proj")
+        self.q_proj = build.linear(D, D, use_bias=config.enable_bias, name="q_proj")
+        self.out_proj = build.linear(D, D, use_bias=config.enable_bias, name="out_proj")
+        self.dropout = build.dropout(config.attention_dropout)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        for layer in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+            layer.build()
+
+    def call(
+        self,
+        hidden_BTD: tf.Tensor,
+        masking: Masking,
+        past: tuple[tf.Tensor, tf.Tensor] | None = None,
+        offset: int | tf.Tensor = 0,
+        output_attentions: bool = False,
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], tf.Tensor | None]:
+        """Attend, to the past too.
+
+        Args:
+            hidden_BTD: input.
+            masking: what each query may attend to.
+            past: this layer's buffers of the cache, (B, S, N, H) each.
+            offset: number of tokens in the cache.
+            output_attentions: whether the probabilities are wanted.
+
+        Returns:
+            The output (B, T, D), the buffers with the new tokens appended, the probabilities (B, N, T, S) or None.
+        """
+        B, T, D = keras.ops.shape(hidden_BTD)
+        N, H = self.config.num_attention_heads, self.config.head_dim
+        # Scaled before the product with the keys, bias included: in half precision the order shows.
+        q_BTNH = tf.reshape(self.q_proj(hidden_BTD) * H**-0.5, (B, T, N, H))
+        k_BSNH = tf.reshape(self.k_proj(hidden_BTD), (B, T, N, H))
+        v_BSNH = tf.reshape(self.v_proj(hidden_BTD), (B, T, N, H))
+        present = (k_BSNH, v_BSNH)
+        if past is not None:
+            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
+            k_BSNH, v_BSNH = present
+        context_BTNH, probs_BNTS = attend(
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            masking,
+            dropout=self.dropout,
+            need_probs=output_attentions,
+        )
+        return self.out_proj(tf.reshape(context_BTNH, (B, T, D))), present, probs_BNTS
+
+
+class TFOPTDecoderLayer(keras.layers.Layer):
+    """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
+
+    def __init__(self, config: OPTConfig, build: "Builder", *, name: str) -> None:
+        super().__init__(dtype=build.dtype, name=name)
+        D, F = config.hidden_size, config.ffn_dim
+        affine = config.layer_norm_elementwise_affine
+        self.config = config
+        self.self_attn = TFOPTAttention(config, build)
+        self.self_attn_layer_norm = build.layer_norm(D, affine=affine, name="self_attn_layer_norm")
+        self.fc1 = build.linear(D, F, use_bias=config.enable_bias, name="fc1")
+        self.fc2 = build.linear(F, D, use_bias=config.enable_bias, name="fc2")
+        self.final_layer_norm = build.layer_norm(D, affine=affine, name="final_layer_norm")
+        self.dropout = build.dropout(config.dropout)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        for layer in (self.self_attn, self.self_attn_layer_norm, self.fc1, self.fc2, self.final_layer_norm):
+            layer.build()
+
+    def call(
+        self,
+        hidden_BTD: tf.Tensor,
+        masking: Masking,
+        past: tuple[tf.Tensor, tf.Tensor] | None = None,
+        offset: int | tf.Tensor = 0,
+        output_attentions: bool = False,
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], tf.Tensor | None]:
+        """Arguments and results are those of `TFOPTAttention`."""
+        pre_norm = self.config.do_layer_norm_before
+        activation = ACTIVATION_FUNCTIONS[self.config.activation_function]
+
+        residual_BTD = hidden_BTD
+        if pre_norm:
+            hidden_BTD = self.self_attn_layer_norm(hidden_BTD)
+        hidden_BTD, present, probs_BNTS = self.self_attn(
+            hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions
+        )
+        hidden_BTD = residual_BTD + self.dropout(hidden_BTD)
+        if not pre_norm:
+            hidden_BTD = self.self_attn_layer_norm(hidden_BTD)
+
+        residual_BTD = hidden_BTD
+        if pre_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        hidden_BTF = activation(self.fc1(hidden_BTD))
+        hidden_BTD = residual_BTD + self.dropout(self.fc2(hidden_BTF))
+        if not pre_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        return hidden_BTD, present, probs_BNTS
+
+
+class TFOPTDecoder(keras.layers.Layer):
+    """Embeddings, layers, final norm. Takes its inputs as they are; `TFOPTModel` checks them."""
+
+    def __init__(self, config: OPTConfig, build: "Builder") -> None:
+        super().__init__(dtype=build.dtype, name="decoder")
+        V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
+        self.config = config
+        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id, name="embed_tokens")
+        P = config.max_position_embeddings + POSITION_OFFSET
+        self.embed_positions = build.embedding(P, D, name="embed_positions")
+        if config.has_projection:
+            self.project_out = build.linear(D, E, use_bias=False, name="project_out")
+            self.project_in = build.linear(E, D, use_bias=False, name="project_in")
+        if config.has_final_layer_norm:
+            affine = config.layer_norm_elementwise_affine
+            self.final_layer_norm = build.layer_norm(D, affine=affine, name="final_layer_norm")
+        self.layers = [TFOPTDecoderLayer(config, build, name=f"layers.{i}") for i in range(config.num_hidden_layers)]
+        self.layer_dropout = build.dropout(config.layerdrop)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        for name in ("embed_tokens", "embed_positions", "project_out", "project_in", "final_layer_norm"):
+            if hasattr(self, name):
+                getattr(self, name).build()
+        for layer in self.layers:
+            layer.build()
+
+    def call(
+        self,
+        input_ids: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+        position_ids: tf.Tensor | None = None,
+        inputs_embeds: tf.Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTModelOutput:
+        """Arguments and result are those of `TFOPTModel`."""
+        tokens_BTE = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        T = keras.ops.shape(tokens_BTE)[1]
+        cache = None if past_key_values is None else past_key_values.with_room(T)
+        offset = 0 if cache is None else cache.length
+        if attention_mask is not None and cache is not None:
+            # Slots that hold nothing yet come after every query: what the mask says of them does not matter.
+            unused = cache.capacity - attention_mask.shape[1]
+            attention_mask = tf.pad(attention_mask, ((0, 0), (0, unused)), constant_values=1)
+
+        hidden_BTD = self.project_in(tokens_BTE) if self.config.has_projection else tokens_BTE
+        positions_BT = self.place(attention_mask, position_ids, T, offset)
+        hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
+        masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
+
+        hidden_states: list[tf.Tensor] = []
+        attentions: list[tf.Tensor | None] = []
+        presents: list[tuple[tf.Tensor, tf.Tensor]] = []
+        for index, layer in enumerate(self.layers):
+            hidden_states.append(hidden_BTD)
+            past = None if cache is None else (cache.keys[index], cache.values[index])
+            new_BTD, present, probs_BNTS = layer(
+                hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions
+            )
+            hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
+            presents.append(present)
+            attentions.append(probs_BNTS)
+
+        if self.config.has_final_layer_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        hidden_BTE = self.project_out(hidden_BTD) if self.config.has_projection else hidden_BTD
+        hidden_states.append(hidden_BTE)
+
+        if use_cache:
+            keys, values = zip(*presents, strict=True)
+            cache = KVCache(keys, values, T) if cache is None else cache.extended(keys, values, T)
+        return OPTModelOutput(
+            last_hidden_state=hidden_BTE,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def embed(self, input_ids: tf.Tensor) -> tf.Tensor:
+        """Rows of the token table, (B, T, E). The pad row gets no gradient from here."""
+        tokens_BTE = self.embed_tokens(input_ids)
+        if self.config.pad_token_id is None:
+            return tokens_BTE
+        is_pad_BT1 = (input_ids == self.config.pad_token_id)[..., None]
+        return tf.where(is_pad_BT1, tf.stop_gradient(tokens_BTE), tokens_BTE)
+
+    def place(
+        self, attention_mask: tf.Tensor | None, position_ids: tf.Tensor | None, T: int, offset: int | tf.Tensor
+    ) -> tf.Tensor:
+        """Positions of the new tokens, (B or 1, T)."""
+        if position_ids is not None:
+            return position_ids
+        if attention_mask is None:
+            return offset + tf.range(T)[None]
+        return positions(tf.cast(attention_mask, tf.int32))[:, offset : offset + T]
+
+    def masking(
+        self,
+        attention_mask: tf.Tensor | None,
+        cache: KVCache | None,
+        T: int,
+        offset: int | tf.Tensor,
+        hidden_BTD: tf.Tensor,
+    ) -> Masking:
+        """What the new tokens may attend to, the same for every layer."""
+        S = T if cache is None else cache.capacity
+        if attention_mask is None and cache is None:
+            return Masking()
+        return Masking(attention_bias(attention_mask, T, S, offset, hidden_BTD))
+
+    def drop_layer(self, hidden_BTD: tf.Tensor, new_BTD: tf.Tensor) -> tf.Tensor:
+        """LayerDrop: in training, with probability `layerdrop`, a layer passes its input through."""
+        if self.config.layerdrop == 0:
+            return new_BTD
+        keep = self.layer_dropout(tf.ones((), new_BTD.dtype)) > 0
+        return tf.where(keep, new_BTD, hidden_BTD)
+
+
+@keras.saving.register_keras_serializable(package="opt_tf")
+class TFOPTModel(Pretrained, keras.Model):
+    """The bare decoder: token ids in, hidden states out."""
+
+    head = None
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        attn_implementation: str | None = None,
+        dtype: Any = None,
+        new_weights: bool = True,
+        name: str | None = None,
+    ) -> None:
+        """A model with new weights.
+
+        Args:
+            config: shape and options.
+            attn_implementation: one of `opt_tf.attention.IMPLEMENTATIONS`; None means "eager".
+            dtype: a dtype or a Keras dtype policy; None means Keras' global policy.
+            new_weights: False leaves every weight zero, for a loader to fill.
+            name: the model's name.
+        """
+        super().__init__(dtype=dtype, name=name)
+        self.config = config
+        self.attn_implementation = check_implementation(attn_implementation or DEFAULT_IMPLEMENTATION)
+        build = Builder(config, self.dtype_policy, new_weights)
+        self.decoder = TFOPTDecoder(config, build)
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        if not self.decoder.built:
+            self.decoder.build()
+
+    def __call__(self, *arguments: Any, **options: Any) -> OPTModelOutput:
+        """`call`, after its arguments are checked. A dictionary of them will do as the first argument."""
+        options = check_call(self, arguments, options)
+        return super().__call__(**options)
+
+    def call(
+        self,
+        input_ids: Any | None = None,
+        attention_mask: Any | None = None,
+        position_ids: Any | None = None,
+        inputs_embeds: Any | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> OPTModelOutput:
+        """Compute hidden states.
+
+        Args:
+            input_ids: (B, T) integers from 0 to V - 1; or give `inputs_embeds`.
+            attention_mask: (B, past + T), 1 for a token and 0 for padding on either side or in between; None means no
+                padding, which is faster. Outputs at masked positions are finite and mean nothing.
+            position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
+            inputs_embeds: (B, T, E), in place of the rows of the token table.
+            past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
+            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            output_hidden_states: whether to return every layer's input.
+            output_attentions: whether to return attention probabilities.
+            training: whether dropout is on; Keras knows inside `fit`.
+
+        Raises:
+            InputError: for ids or positions out of range, an empty or over-long input, shapes that do not match, or
+                an argument of Hugging Face's that was dropped.
+        """
+        return self.decoder(
+            input_ids=None if input_ids is None else tf.convert_to_tensor(input_ids),
+            attention_mask=None if attention_mask is None else tf.convert_to_tensor(attention_mask),
+            position_ids=None if position_ids is None else tf.convert_to_tensor(position_ids),
+            inputs_embeds=None if inputs_embeds is None else tf.cast(inputs_embeds, self.compute_dtype),
+            past_key_values=past_key_values,
+            use_cache=(self.config.use_cache and not training) if use_cache is None else use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        """The token table."""
+        return self.decoder.embed_tokens
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes an equal model from, without its weights."""
+        return {
+            "config": self.config.to_dict(),
+            "attn_implementation": self.attn_implementation,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "TFOPTModel":
+        """The model that `get_config` described, with new weights."""
+        values = {**config, "dtype": keras.saving.deserialize_keras_object(config["dtype"])}
+        return cls(OPTConfig.from_dict(values.pop("config")), **values)
+
+
+@keras.saving.register_keras_serializable(package="opt_tf")
+class TFOPTForCausalLM(Pretrained, keras.Model):
+    """The language model: token ids in, logits of the next token out."""
+
+    head = "lm"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        attn_implementation: str | None = None,
+        dtype: Any = None,
+        new_weights: bool = True,
+        name: str | None = None,
+    ) -> None:
+        """A model with new weights. Arguments are those of `TFOPTModel`."""
+        super().__init__(dtype=dtype, name=name)
+        V, E = config.vocab_size, config.word_embed_proj_dim
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.model = TFOPTModel(
+            config,
+            attn_implementation=attn_implementation,
+            dtype=self.dtype_policy,
+            new_weights=new_weights,
+            name="model",
+        )
+        if not config.tie_word_embeddings:
+            build = Builder(config, self.dtype_policy, new_weights)
+            self.lm_head = build.linear(E, V, use_bias=False, name="lm_head")
+        self.build()
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        if not self.config.tie_word_embeddings:
+            self.lm_head.build()
+
+    def __call__(self, *arguments: Any, **options: Any) -> OPTCausalLMOutput:
+        """`call`, after its arguments are checked. A dictionary of them will do as the first argument."""
+        options = check_call(self, arguments, options)
+        return super().__call__(**options)
+
+    def call(
+        self,
+        input_ids: Any | None = None,
+        attention_mask: Any | None = None,
+        position_ids: Any | None = None,
+        inputs_embeds: Any | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Any | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        training: bool | None = None,
+    ) -> OPTCausalLMOutput:
+        """Compute logits and, given labels, the loss.
+
+        Args:
+            labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+
+        The other arguments and the errors are those of `TFOPTModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            training=training,
+        )
+        logits_BTV = self.logits(outputs.last_hidden_state)
+        return OPTCausalLMOutput(
+            loss=None if labels is None else causal_lm_loss(logits_BTV, tf.convert_to_tensor(labels)),
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def logits(self, hidden_BTE: tf.Tensor) -> tf.Tensor:
+        """The head: hidden states (…, E) to logits (…, V)."""
+        if self.config.tie_word_embeddings:
+            # One two-dimensional product: the table is read as it lies, not transposed first.
+            table_VE = tf.cast(self.get_input_embeddings().embeddings, hidden_BTE.dtype)
+            *outer, E = keras.ops.shape(hidden_BTE)
+            logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
+            return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
+        return self.lm_head(hidden_BTE)
+
+    def generate(self, input_ids: Any, attention_mask: Any | None = None, **settings: Any) -> tf.Tensor:
+        """Continue each prompt with its likeliest tokens; see `opt_tf.generation.generate`."""
+        return generate(self, input_ids, attention_mask, **settings)
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        """The token table."""
+        return self.model.get_input_embeddings()
+
+    def get_config(self) -> dict[str, Any]:
+        """What `from_config` makes an equal model from, without its weights."""
+        return {
+            "config": self.config.to_dict(),
+            "attn_implementation": self.model.attn_implementation,
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "TFOPTForCausalLM":
+        """The model that `get_config` described, with new weights."""
+        values = {**config, "dtype": keras.saving.deserialize_keras_object(config["dtype"])}
+        return cls(OPTConfig.from_dict(values.pop("config")), **values)
+
+
+def causal_lm_loss(logits_BTV: tf.Tensor, labels_BT: tf.Tensor) -> tf.Tensor:
+    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
+    at_least_float32 = tf.float64 if logits_BTV.dtype == tf.float64 else tf.float32
+    logits_BTV = tf.cast(logits_BTV[:, :-1], at_least_float32)
+    labels_BT = labels_BT[:, 1:]
+    counted_BT = labels_BT != IGNORED_LABEL
+    losses_BT = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(counted_BT, labels_BT, 0), logits_BTV)
+    zero = tf.zeros((), at_least_float32)
+    return tf.reduce_sum(tf.where(counted_BT, losses_BT, zero)) / tf.reduce_sum(tf.cast(counted_BT, at_least_float32))
+
+
+class Linear(keras.layers.Dense):
+    """A `Dense` layer that knows its input's width, so that it can be built before it is called."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(out_features, **options)
+        self.in_features = in_features
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        super().build((None, self.in_features))
+
+
+class LayerNorm(keras.layers.LayerNormalization):
+    """A `LayerNormalization` that knows its input's width, so that it can be built before it is called."""
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.features = features
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        super().build((None, self.features))
+
+
+class Builder:
+    """Makes the layers of one model: same dtype policy, same initial weights.
+
+    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
+    """
+
+    def __init__(self, config: OPTConfig, dtype: Any, new_weights: bool) -> None:
+        self.dtype = dtype
+        self.std = config.init_std if new_weights else 0.0
+
+    def normal(self) -> keras.initializers.Initializer:
+        """A new initialiser: one that is used twice gives the same numbers twice."""
+        return keras.initializers.RandomNormal(stddev=self.std) if self.std else keras.initializers.Zeros()
+
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool, name: str) -> Linear:
+        """A linear layer."""
+        return Linear(
+            in_features, out_features, use_bias=use_bias, kernel_initializer=self.normal(), dtype=self.dtype, name=name
+        )
+
+    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> keras.layers.Embedding:
+        """A table of embeddings; row `pad` starts as zeros."""
+        normal = self.normal()
+
+        def initialise(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+            table = normal(shape, dtype)
+            is_pad_VE = (tf.range(rows) == (-1 if pad is None else pad))[:, None]
+            return tf.where(is_pad_VE, tf.zeros_like(table), table)
+
+        return keras.layers.Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
+
+    def layer_norm(self, features: int, *, affine: bool, name: str) -> LayerNorm:
+        """A layer norm."""
+        return LayerNorm(features, epsilon=LAYER_NORM_EPS, center=affine, scale=affine, dtype=self.dtype, name=name)
+
+    def dropout(self, rate: float) -> keras.layers.Dropout:
+        """A dropout layer."""
+        return keras.layers.Dropout(rate, dtype=self.dtype)
+
+
+def check_call(model: keras.Model, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model call by name, checked. Outside `call`, where Keras would bury an error's sentence."""
+    if arguments and isinstance(arguments[0], Mapping):
+        options = {**arguments[0], **options}
+        arguments = arguments[1:]
+    signature = inspect.signature(model.call)
+    reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
+    options = signature.bind(*arguments, **options).arguments
+    names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+    check(model.config, **{name: options.get(name) for name in names})
+    return options
+
+
+def check(
+    config: OPTConfig,
+    past_key_values: KVCache | None,
+    input_ids: Any | None,
+    inputs_embeds: Any | None,
+    attention_mask: Any | None = None,
+    position_ids: Any | None = None,
+    labels: Any | None = None,
+) -> None:
+    """Hold the arguments against `opt_common.inputs.check_inputs`; under a compiler, their shapes only."""
+    arrays = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "labels": labels,
+    }
+    arrays = {
+        name: array if hasattr(array, "shape") else np.asarray(array)
+        for name, array in arrays.items()
+        if array is not None
+    }
+    length = 0 if past_key_values is None else past_key_values.length
+    check_inputs(
+        config,
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        values={
+            name: np.asarray(array)
+            for name, array in arrays.items()
+            if not is_traced(array) and name != "inputs_embeds"
+        },
+        past_length=None if is_traced(length) else int(length),
+        past_capacity=0 if past_key_values is None else past_key_values.capacity,
+    )

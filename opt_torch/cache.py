@@ -1,0 +1,88 @@
+"""The key and value cache of a decoder: a value that goes in, and a new one that comes out."""
+
+import dataclasses
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from opt_common.config import OPTConfig
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KVCache:
+    """Keys and values of the tokens a decoder has seen.
+
+    A cache behaves as a value: what was handed out stays right whatever is computed from it afterwards, so one prefix
+    can be continued in many ways. Inside, new tokens are written in place while nobody else has.
+
+    Attributes:
+        keys: L tensors (B, S, N, H), S the capacity; slots from `length` on hold nothing.
+        values: likewise.
+        length: number of tokens held.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    length: int
+    # Tokens written into these buffers by anyone: one cell, shared by every cache on the same buffers.
+    written: list[int] = dataclasses.field(default_factory=lambda: [0], repr=False)
+
+    @property
+    def capacity(self) -> int:
+        """S, number of slots."""
+        return self.keys[0].shape[1]
+
+    @classmethod
+    def allocate(
+        cls,
+        config: OPTConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """An empty cache with room for `capacity` tokens a row."""
+        shape_BSNH = (batch_size, capacity, config.num_attention_heads, config.head_dim)
+        keys, values = (
+            tuple(torch.zeros(shape_BSNH, dtype=dtype, device=device) for _ in range(config.num_hidden_layers))
+            for _ in range(2)
+        )
+        return cls(keys, values, 0)
+
+    def with_room(self, new_tokens: int) -> Self:
+        """The same cache with at least `new_tokens` free slots that nobody else writes to."""
+        needed = self.length + new_tokens
+        if needed <= self.capacity and self.written[0] <= self.length:
+            return self
+        # Doubling makes the copies of a long continuation cost no more than the continuation.
+        capacity = self.capacity if needed <= self.capacity else max(needed, 2 * self.capacity)
+
+        def moved(buffer_BSNH: Tensor) -> Tensor:
+            B, _, N, H = buffer_BSNH.shape
+            new_BSNH = buffer_BSNH.new_zeros((B, capacity, N, H))
+            new_BSNH[:, : self.length] = buffer_BSNH[:, : self.length]
+            return new_BSNH
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(moved, self.keys)),
+            values=tuple(map(moved, self.values)),
+            written=[self.length],
+        )
+
+    def extended(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], new_tokens: int) -> Self:
+        """The cache after `new_tokens` more tokens, given each layer's buffers with those tokens appended."""
+        length = self.length + new_tokens
+        self.written[0] = max(self.written[0], length)
+        return dataclasses.replace(self, keys=keys, values=values, length=length)
+
+
+def append(buffer_BSNH: Tensor, new_BTNH: Tensor, offset: int) -> Tensor:
+    """Write new keys or values at slot `offset`: in place, or into a copy where gradients flow through the old ones."""
+    T = new_BTNH.shape[1]
+    if torch.is_grad_enabled() and (new_BTNH.requires_grad or buffer_BSNH.requires_grad):
+        return torch.cat((buffer_BSNH[:, :offset], new_BTNH, buffer_BSNH[:, offset + T :]), dim=1)
+    buffer_BSNH[:, offset : offset + T] = new_BTNH
+    return buffer_BSNH

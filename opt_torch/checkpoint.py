@@ -1,0 +1,148 @@
+"""Loading and saving PyTorch models, from and to any checkpoint format; the formats themselves are in `conversion`."""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, cast
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from conversion import checked_parameters, open_checkpoint, save_checkpoint
+from opt_common.config import OPTConfig
+from opt_common.generation import GenerationConfig
+from opt_common.hub import resolve
+from opt_common.params import Parameter, parameter_table
+from opt_common.pretrained import choose_dtype
+
+
+class Pretrained:
+    """What every model class can do with checkpoints."""
+
+    head: ClassVar[Literal["lm"] | None]
+    config: OPTConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Load a checkpoint, in evaluation mode.
+
+        Args:
+            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
+                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            revision: branch, tag or commit of the repository.
+            dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
+            torch_dtype: the older name of `dtype`.
+            device: where the parameters go; None means PyTorch's default.
+            attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
+            cache_dir: where downloads are kept; None means the Hub client's own place.
+            token: the Hub's access token.
+            local_files_only: whether to use only what is already there.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors are not those of its configuration.
+            ConfigError: if its configuration is none of an OPT model.
+        """
+        directory = resolve(
+            path_or_id,
+            prefer="torch",
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        with open_checkpoint(directory, prefer="torch") as checkpoint:
+            config = checkpoint.config
+            table = parameter_table(config, head=cls.head)
+            checked_parameters(checkpoint, table)
+            requested = dtype if dtype is not None else torch_dtype
+            stored = checkpoint.info(table[0].name).dtype.name
+            name = choose_dtype(None if requested is None else str(requested).removeprefix("torch."), stored)
+            # Built without storage, so that no memory is spent on weights that are replaced at once.
+            with torch.device("meta"):
+                model = cast(Any, cls)(config, attn_implementation=attn_implementation)
+            for parameter in table:
+                tensor = to_tensor(checkpoint.read(parameter.name))
+                assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
+        if cls.head == "lm":
+            model.tie_weights()
+            model.generation_config = GenerationConfig.from_directory(Path(directory), config)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        format: str = "safetensors",  # noqa: A002  (the word users know)
+        dtype: str | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
+        """Write a checkpoint that this package and Hugging Face `transformers` read.
+
+        Args:
+            directory: where to; made if it does not exist.
+            format: "safetensors", "torch", "tf" or "flax".
+            dtype: dtype to store; None means the model's.
+            max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
+
+        Raises:
+            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+        """
+        settings = getattr(self, "generation_config", None)
+        save_checkpoint(
+            directory,
+            self.config,
+            parameter_table(self.config, head=self.head),
+            lambda parameter: to_numpy(find(self, parameter)),
+            format=format,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            generation_config=settings,
+        )
+
+
+def find(model: Any, parameter: Parameter) -> nn.Parameter:
+    """The model's own variable for a row of the parameter table."""
+    module, leaf = local_place(model, parameter)
+    return getattr(module, leaf)
+
+
+def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
+    """Put a tensor where a row of the parameter table says, in place of the one that is there."""
+    module, leaf = local_place(model, parameter)
+    module.register_parameter(leaf, nn.Parameter(tensor))
+
+
+def local_place(model: Any, parameter: Parameter) -> tuple[nn.Module, str]:
+    """The submodule of a model that holds a parameter, and the parameter's name there."""
+    path = parameter.path("torch")
+    *modules, leaf = path if model.head == "lm" else path[1:]
+    return model.get_submodule(".".join(modules)), leaf
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A tensor with a copy of an array's numbers; bfloat16 goes over bit by bit."""
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """An array of a tensor's numbers; bfloat16 goes over bit by bit."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

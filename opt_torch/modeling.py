@@ -1,0 +1,488 @@
+"""The OPT model in PyTorch.
+
+    OPTForCausalLM ── lm_head ─────────────────────────────── logits BTV
+      OPTModel ── checks its inputs
+        OPTDecoder
+          embed_tokens BT → BTE, project_in BTE → BTD ─┐
+          embed_positions BT → BTD ────────────────────┴ + → BTD
+          layers: OPTDecoderLayer = OPTAttention + feed-forward, BTD → BTD
+          final_layer_norm, project_out BTD → BTE
+
+Names and numbers are Hugging Face's; the definition is `opt_common.reference`. Axis letters: B batch, T query length,
+S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.generation import GenerationConfig
+from opt_common.inputs import check_inputs, reject_dropped
+from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.reference import IGNORED_LABEL
+from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
+from opt_torch.cache import KVCache, append
+from opt_torch.checkpoint import Pretrained
+from opt_torch.generation import generate
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": functional.silu,
+    "swish": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def positions(attention_mask_BS: Tensor) -> Tensor:
+    """The position rule: attended tokens count 0, 1, 2, …; a masked slot is -1."""
+    return torch.cumsum(attention_mask_BS, dim=1) * attention_mask_BS - 1
+
+
+class OPTAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.k_proj = build.linear(D, D, use_bias=config.enable_bias)
+        self.v_proj = build.linear(D, D, use_bias=config.enable_bias)
+        self.q_proj = build.linear(D, D, use_bias=config.enable_bias)
+        self.out_proj = build.linear(D, D, use_bias=config.enable_bias)
+        self.dropout = build.dropout(config.attention_dropout)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        masking: Masking,
+        past: tuple[Tensor, Tensor] | None = None,
+        offset: int = 0,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Attend, to the past too.
+
+        Args:
+            hidden_BTD: input.
+            masking: what each query may attend to.
+            past: this layer's buffers of the cache, (B, S, N, H) each.
+            offset: number of tokens in the cache.
+            output_attentions: whether the probabilities are wanted.
+
+        Returns:
+            The output (B, T, D), the buffers with the new tokens appended, the probabilities (B, N, T, S) or None.
+        """
+        B, T, D = hidden_BTD.shape
+        N, H = self.config.num_attention_heads, self.config.head_dim
+        # Scaled before the product with the keys, bias included: in half precision the order shows.
+        q_BTNH = (self.q_proj(hidden_BTD) * H**-0.5).view(B, T, N, H)
+        k_BSNH = self.k_proj(hidden_BTD).view(B, T, N, H)
+        v_BSNH = self.v_proj(hidden_BTD).view(B, T, N, H)
+        present = (k_BSNH, v_BSNH)
+        if past is not None:
+            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
+            k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + T] for buffer_BSNH in present)
+        context_BTNH, probs_BNTS = attend(
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            masking,
+            implementation=self.attn_implementation,
+            dropout=self.dropout.p if self.training else 0.0,
+            need_probs=output_attentions,
+        )
+        return self.out_proj(context_BTNH.reshape(B, T, D)), present, probs_BNTS
+
+
+class OPTDecoderLayer(nn.Module):
+    """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.ffn_dim
+        affine = config.layer_norm_elementwise_affine
+        self.config = config
+        self.self_attn = OPTAttention(config, attn_implementation, build)
+        self.self_attn_layer_norm = build.layer_norm(D, affine=affine)
+        self.fc1 = build.linear(D, F, use_bias=config.enable_bias)
+        self.fc2 = build.linear(F, D, use_bias=config.enable_bias)
+        self.final_layer_norm = build.layer_norm(D, affine=affine)
+        self.dropout = build.dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        masking: Masking,
+        past: tuple[Tensor, Tensor] | None = None,
+        offset: int = 0,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+        """Arguments and results are those of `OPTAttention`."""
+        pre_norm = self.config.do_layer_norm_before
+        activation = ACTIVATION_FUNCTIONS[self.config.activation_function]
+
+        residual_BTD = hidden_BTD
+        if pre_norm:
+            hidden_BTD = self.self_attn_layer_norm(hidden_BTD)
+        hidden_BTD, present, probs_BNTS = self.self_attn(hidden_BTD, masking, past, offset, output_attentions)
+        hidden_BTD = residual_BTD + self.dropout(hidden_BTD)
+        if not pre_norm:
+            hidden_BTD = self.self_attn_layer_norm(hidden_BTD)
+
+        residual_BTD = hidden_BTD
+        if pre_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        hidden_BTF = activation(self.fc1(hidden_BTD))
+        hidden_BTD = residual_BTD + self.dropout(self.fc2(hidden_BTF))
+        if not pre_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        return hidden_BTD, present, probs_BNTS
+
+
+class OPTDecoder(nn.Module):
+    """Embeddings, layers, final norm. Takes its inputs as they are; `OPTModel` checks them."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+        super().__init__()
+        V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
+        self.config = config
+        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
+        if config.has_projection:
+            self.project_out = build.linear(D, E, use_bias=False)
+            self.project_in = build.linear(E, D, use_bias=False)
+        if config.has_final_layer_norm:
+            self.final_layer_norm = build.layer_norm(D, affine=config.layer_norm_elementwise_affine)
+        self.layers = nn.ModuleList(
+            OPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
+        )
+        self.layer_dropout = build.dropout(config.layerdrop)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> OPTModelOutput:
+        """Arguments and result are those of `OPTModel`."""
+        tokens_BTE = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        T = tokens_BTE.shape[1]
+        cache = None if past_key_values is None else past_key_values.with_room(T)
+        offset = 0 if cache is None else cache.length
+
+        hidden_BTD = self.project_in(tokens_BTE) if self.config.has_projection else tokens_BTE
+        positions_BT = self.place(attention_mask, position_ids, T, offset, hidden_BTD)
+        hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
+        masking = self.masking(attention_mask, T, offset, hidden_BTD)
+
+        hidden_states: list[Tensor] = []
+        attentions: list[Tensor] = []
+        presents: list[tuple[Tensor, Tensor]] = []
+        for index, layer in enumerate(self.layers):
+            hidden_states.append(hidden_BTD)
+            past = None if cache is None else (cache.keys[index], cache.values[index])
+            new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+            hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
+            presents.append(present)
+            attentions.append(probs_BNTS)
+
+        if self.config.has_final_layer_norm:
+            hidden_BTD = self.final_layer_norm(hidden_BTD)
+        hidden_BTE = self.project_out(hidden_BTD) if self.config.has_projection else hidden_BTD
+        hidden_states.append(hidden_BTE)
+
+        if use_cache:
+            keys, values = zip(*presents, strict=True)
+            cache = KVCache(keys, values, T, [T]) if cache is None else cache.extended(keys, values, T)
+        return OPTModelOutput(
+            last_hidden_state=hidden_BTE,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Rows of the token table, (B, T, E). The pad row gets no gradient from here."""
+        return self.embed_tokens(input_ids)
+
+    def place(
+        self, attention_mask: Tensor | None, position_ids: Tensor | None, T: int, offset: int, hidden_BTD: Tensor
+    ) -> Tensor:
+        """Positions of the new tokens, (B or 1, T)."""
+        if position_ids is not None:
+            return position_ids
+        if attention_mask is None:
+            return offset + torch.arange(T, device=hidden_BTD.device)[None]
+        return positions(attention_mask.long())[:, offset : offset + T]
+
+    def masking(self, attention_mask: Tensor | None, T: int, offset: int, hidden_BTD: Tensor) -> Masking:
+        """What the new tokens may attend to, the same for every layer."""
+        S = offset + T
+        if attention_mask is None and (offset == 0 or T == 1):
+            return Masking()
+        maybe_empty = False
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :S]
+            # Some query attends to nothing only where the first key is padding.
+            maybe_empty = torch.is_grad_enabled() and (
+                torch.compiler.is_compiling() or not bool(attention_mask[:, 0].all())
+            )
+        return Masking(attention_mask, attention_bias(attention_mask, T, S, offset, hidden_BTD), maybe_empty)
+
+    def drop_layer(self, hidden_BTD: Tensor, new_BTD: Tensor) -> Tensor:
+        """LayerDrop: in training, with probability `layerdrop`, a layer passes its input through."""
+        if not self.training or self.config.layerdrop == 0:
+            return new_BTD
+        keep = self.layer_dropout(hidden_BTD.new_ones(())) > 0
+        return torch.where(keep, new_BTD, hidden_BTD)
+
+
+class OPTModel(Pretrained, nn.Module):
+    """The bare decoder: token ids in, hidden states out."""
+
+    head = None
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """A model with new weights, in training mode.
+
+        Args:
+            config: shape and options.
+            attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
+            dtype: dtype of the parameters and of the arithmetic; None means PyTorch's default.
+            device: where the parameters go; None means PyTorch's default.
+        """
+        super().__init__()
+        self.config = config
+        implementation = check_implementation(attn_implementation or DEFAULT_IMPLEMENTATION)
+        build = Builder(config, dtype, device)
+        self.decoder = OPTDecoder(config, implementation, build)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **dropped: Any,
+    ) -> OPTModelOutput:
+        """Compute hidden states.
+
+        Args:
+            input_ids: (B, T) integers from 0 to V - 1; or give `inputs_embeds`.
+            attention_mask: (B, past + T), 1 for a token and 0 for padding on either side or in between; None means no
+                padding, which is faster. Outputs at masked positions are finite and mean nothing.
+            position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
+            inputs_embeds: (B, T, E), in place of the rows of the token table.
+            past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
+            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            output_hidden_states: whether to return every layer's input.
+            output_attentions: whether to return attention probabilities.
+
+        Raises:
+            InputError: for ids or positions out of range, an empty or over-long input, shapes that do not match, or
+                an argument of Hugging Face's that was dropped.
+        """
+        reject_dropped(dropped)
+        check(self.config, past_key_values, input_ids, inputs_embeds, attention_mask, position_ids)
+        if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            # Nothing is padding: without a mask the kernels take their fast causal path.
+            attention_mask = None
+        return self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=(self.config.use_cache and not self.training) if use_cache is None else use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token table."""
+        return self.decoder.embed_tokens
+
+
+class OPTForCausalLM(Pretrained, nn.Module):
+    """The language model: token ids in, logits of the next token out."""
+
+    head = "lm"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """A model with new weights, in training mode. Arguments are those of `OPTModel`."""
+        super().__init__()
+        V, E = config.vocab_size, config.word_embed_proj_dim
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
+        build = Builder(config, dtype, device)
+        self.lm_head = build.linear(E, V, use_bias=False)
+        self.tie_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        **dropped: Any,
+    ) -> OPTCausalLMOutput:
+        """Compute logits and, given labels, the loss.
+
+        Args:
+            labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+
+        The other arguments and the errors are those of `OPTModel`.
+        """
+        if labels is not None:
+            check(self.config, past_key_values, input_ids, inputs_embeds, labels=labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **dropped,
+        )
+        logits_BTV = self.logits(outputs.last_hidden_state)
+        return OPTCausalLMOutput(
+            loss=None if labels is None else causal_lm_loss(logits_BTV, labels),
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def logits(self, hidden_BTE: Tensor) -> Tensor:
+        """The head: hidden states (…, E) to logits (…, V)."""
+        return self.lm_head(hidden_BTE)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        """Continue each prompt with its likeliest tokens; see `opt_torch.generation.generate`."""
+        return generate(self, input_ids, attention_mask, **settings)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token table."""
+        return self.model.get_input_embeddings()
+
+    def tie_weights(self) -> None:
+        """Make the head the token table, if the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+
+
+def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
+    logits_BTV = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
+    labels_BT = labels_BT[:, 1:].to(logits_BTV.device, torch.long)
+    return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL)
+
+
+class Builder:
+    """Makes the layers of one model: same dtype, same device, same initial weights.
+
+    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
+    """
+
+    def __init__(self, config: OPTConfig, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.normal = functools.partial(nn.init.normal_, std=config.init_std)
+
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nn.Linear:
+        """A linear layer."""
+        layer = nn.Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)
+        self.normal(layer.weight)
+        if use_bias:
+            nn.init.zeros_(layer.bias)
+        return layer
+
+    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nn.Embedding:
+        """A table of embeddings; row `pad` starts as zeros and gets no gradient from look-ups."""
+        layer = nn.Embedding(rows, features, padding_idx=pad, device=self.device, dtype=self.dtype)
+        self.normal(layer.weight)
+        if pad is not None:
+            nn.init.zeros_(layer.weight[pad])
+        return layer
+
+    def layer_norm(self, features: int, *, affine: bool) -> nn.LayerNorm:
+        """A layer norm."""
+        return nn.LayerNorm(
+            features, eps=LAYER_NORM_EPS, elementwise_affine=affine, device=self.device, dtype=self.dtype
+        )
+
+    def dropout(self, rate: float) -> nn.Dropout:
+        """A dropout layer."""
+        return nn.Dropout(rate)
+
+
+def check(
+    config: OPTConfig,
+    past_key_values: KVCache | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> None:
+    """Hold the arguments against `opt_common.inputs.check_inputs`; under a compiler, their shapes only."""
+    arrays = {
+        "input_ids": input_ids,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "labels": labels,
+    }
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    traced = torch.compiler.is_compiling()
+    check_inputs(
+        config,
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        values={
+            name: array.detach().cpu().numpy()
+            for name, array in arrays.items()
+            if not traced and name != "inputs_embeds"
+        },
+        past_length=0 if past_key_values is None else past_key_values.length,
+        past_capacity=0 if past_key_values is None else past_key_values.capacity,
+    )

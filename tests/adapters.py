@@ -1,0 +1,344 @@
+"""The only code of the tests that knows a framework: one adapter each, with the same methods, NumPy in and NumPy out.
+
+A framework is imported when its adapter is made, so that a test run over one framework needs no other.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_common.config import OPTConfig
+from opt_common.params import Parameter, Scheme, parameter_table
+
+BACKENDS = tuple(name for name in os.environ.get("OPT_TEST_BACKENDS", "torch,tf,flax").split(",") if name)
+"""The frameworks under test. One that is named and not installed makes its tests fail."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Results:
+    """A model call's results as NumPy arrays; half precision is widened to float32. The cache stays the framework's."""
+
+    logits: np.ndarray | None = None
+    loss: np.ndarray | None = None
+    last_hidden_state: np.ndarray | None = None
+    hidden_states: tuple[np.ndarray, ...] | None = None
+    attentions: tuple[np.ndarray, ...] | None = None
+    cache: Any = None
+
+
+class Adapter:
+    """What the three adapters share. `lm` and `bare` are the backend's classes, `package` its package."""
+
+    name: str
+    scheme: Scheme
+    package: Any
+    lm: Any
+    bare: Any
+    compiles = True  # whether generation runs a compiled step
+
+    # Making models
+
+    def load(self, path: Path, *, dtype: str = "float32", bare: bool = False, **options: Any) -> Any:
+        """A model from a checkpoint, for evaluation."""
+        with self.precision(dtype):
+            return (self.bare if bare else self.lm).from_pretrained(path, dtype=dtype, **options)
+
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+        """A model with new random weights, for evaluation."""
+        raise NotImplementedError
+
+    def precision(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        """The state of the framework in which this dtype can be computed with."""
+        del dtype
+        return contextlib.nullcontext()
+
+    # Parameters
+
+    def parameter(self, model: Any, parameter: Parameter) -> Any:
+        """The framework's variable of a canonical parameter."""
+        path = parameter.path(self.scheme)
+        return walk(model, path if isinstance(model, self.lm) else path[1:])
+
+    def get(self, model: Any, parameter: Parameter) -> np.ndarray:
+        """A parameter's value in canonical layout."""
+        value = self.array(self.parameter(model, parameter))
+        return value.T if parameter.transposed(self.scheme) else value
+
+    def set(self, model: Any, parameter: Parameter, value: np.ndarray) -> None:
+        """Give a parameter another value, in canonical layout."""
+        value = np.ascontiguousarray(value.T if parameter.transposed(self.scheme) else value)
+        self.assign(self.parameter(model, parameter), value)
+
+    def table(self, model: Any) -> tuple[Parameter, ...]:
+        """The parameters that a model of this configuration has."""
+        return parameter_table(model.config, head="lm" if isinstance(model, self.lm) else None)
+
+    def parameters(self, model: Any) -> dict[str, np.ndarray]:
+        """All parameters: canonical name -> value in canonical layout."""
+        return {parameter.name: self.get(model, parameter) for parameter in self.table(model)}
+
+    def assign(self, variable: Any, value: np.ndarray) -> None:
+        """Write a variable."""
+        raise NotImplementedError
+
+    def count(self, model: Any) -> int:
+        """Number of elements in all of the model's trainable parameters, as the framework counts them."""
+        raise NotImplementedError
+
+    # Computing
+
+    def forward(self, model: Any, *, training: bool = False, checked: bool = False, **arguments: Any) -> Results:
+        """A model call. Arrays are NumPy; other arguments go through as they are.
+
+        `checked` asks for the call as it is written: under a compiler, values can't be checked.
+        """
+        with self.scope(model):
+            arguments = {name: self.tensor(value) for name, value in arguments.items()}
+            call = self.call if checked or training else self.quick_call
+            return self.results(call(model, training, arguments))
+
+    def quick_call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        """The same as `call`, by whatever way is quickest over many small batches."""
+        return self.call(model, training, arguments)
+
+    def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        """The backend's own call, with the framework's arrays."""
+        raise NotImplementedError
+
+    def results(self, output: Any) -> Results:
+        """A backend's output record as NumPy."""
+        fields = {field.name for field in dataclasses.fields(output)}
+        singles = {name: getattr(output, name) for name in ("logits", "loss", "last_hidden_state") if name in fields}
+        several = {name: getattr(output, name) for name in ("hidden_states", "attentions")}
+        return Results(
+            **{name: None if value is None else self.array(value) for name, value in singles.items()},
+            **{name: None if value is None else tuple(map(self.array, value)) for name, value in several.items()},
+            cache=output.past_key_values,
+        )
+
+    def gradients(self, model: Any, **arguments: Any) -> dict[str, np.ndarray]:
+        """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
+        with self.scope(model):
+            found = self.loss_gradients(model, {name: self.tensor(value) for name, value in arguments.items()})
+        return {
+            parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
+            for parameter in self.table(model)
+        }
+
+    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+        """The gradients of the loss in the framework's layout, by parameter."""
+        raise NotImplementedError
+
+    def generate(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
+        """Greedy continuation."""
+        with self.scope(model):
+            mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
+            return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
+
+    def allocate_cache(self, model: Any, batch_size: int, capacity: int, dtype: str = "float32") -> Any:
+        """An empty cache of a fixed capacity."""
+        with self.scope(model):
+            cache = importlib.import_module(f"{self.package.__name__}.cache").KVCache
+            return cache.allocate(model.config, batch_size, capacity, dtype=self.dtype(dtype))
+
+    def cache_arrays(self, cache: Any) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+        """Keys and values of the tokens a cache holds, (B, S, N, H) by layer."""
+        length = int(cache.length)
+        keys, values = (tuple(self.array(part)[:, :length] for part in parts) for parts in (cache.keys, cache.values))
+        return keys, values
+
+    def scope(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """The precision of a model's parameters."""
+        return self.precision(str(self.parameter(model, self.table(model)[0]).dtype).removeprefix("torch."))
+
+    def dtype(self, name: str) -> Any:
+        """The framework's dtype of this name."""
+        return name
+
+    def tensor(self, value: Any) -> Any:
+        """NumPy to the framework; anything else stays as it is."""
+        raise NotImplementedError
+
+    def array(self, value: Any) -> np.ndarray:
+        """The framework to NumPy."""
+        return widened(np.asarray(value))
+
+
+def widened(array: np.ndarray) -> np.ndarray:
+    """Half precision as float32, which holds all its values."""
+    return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
+
+
+def walk(tree: Any, path: tuple[str, ...]) -> Any:
+    """Follow a parameter's path through attributes, and through lists by number."""
+    for part in path:
+        tree = tree[int(part)] if part.isdigit() else getattr(tree, part)
+    return tree
+
+
+class TorchAdapter(Adapter):
+    """`opt_torch` on the CPU."""
+
+    name, scheme, compiles = "torch", "torch", False
+
+    def __init__(self) -> None:
+        import torch
+
+        import opt_torch
+
+        self.torch, self.package = torch, opt_torch
+        self.lm, self.bare = opt_torch.OPTForCausalLM, opt_torch.OPTModel
+
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+        self.torch.manual_seed(0)
+        return (self.bare if bare else self.lm)(config, dtype=self.dtype(dtype)).eval()
+
+    def assign(self, variable: Any, value: np.ndarray) -> None:
+        with self.torch.no_grad():
+            variable.copy_(self.torch.from_numpy(value))
+
+    def count(self, model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        model.train(training)
+        try:
+            with self.torch.no_grad():
+                return model(**arguments)
+        finally:
+            model.eval()
+
+    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+        model.zero_grad()
+        model(**arguments).loss.backward()
+        found = {parameter.name: self.parameter(model, parameter).grad for parameter in self.table(model)}
+        model.zero_grad()
+        return lambda parameter: self.array(found[parameter.name])
+
+    def dtype(self, name: str) -> Any:
+        return getattr(self.torch, name)
+
+    def tensor(self, value: Any) -> Any:
+        return self.torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+    def array(self, value: Any) -> np.ndarray:
+        value = value.detach()
+        return value.float().numpy() if value.dtype == self.torch.bfloat16 else widened(value.numpy())
+
+
+class TFAdapter(Adapter):
+    """`opt_tf` on the CPU."""
+
+    name, scheme = "tf", "keras"
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+
+        import opt_tf
+
+        self.tf, self.package = tf, opt_tf
+        self.lm, self.bare = opt_tf.TFOPTForCausalLM, opt_tf.TFOPTModel
+
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+        import keras
+
+        keras.utils.set_random_seed(0)
+        return (self.bare if bare else self.lm)(config, dtype=dtype)
+
+    def assign(self, variable: Any, value: np.ndarray) -> None:
+        variable.assign(value)
+
+    def count(self, model: Any) -> int:
+        return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+    def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        return model(**arguments, training=training)
+
+    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+        variables = {parameter.name: self.parameter(model, parameter) for parameter in self.table(model)}
+        with self.tf.GradientTape() as tape:
+            loss = model(**arguments).loss
+        gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
+        return lambda parameter: self.array(self.tf.convert_to_tensor(gradients[parameter.name]))
+
+    def tensor(self, value: Any) -> Any:
+        return self.tf.constant(value) if isinstance(value, np.ndarray) else value
+
+    def array(self, value: Any) -> np.ndarray:
+        return widened(value.numpy())
+
+
+class FlaxAdapter(Adapter):
+    """`opt_flax` on the CPU. float64 needs JAX's x64 mode, which is switched on around each such call."""
+
+    name, scheme = "flax", "nnx"
+
+    def __init__(self) -> None:
+        import jax
+        from flax import nnx
+
+        import opt_flax
+
+        self.jax, self.nnx, self.package = jax, nnx, opt_flax
+        self.lm, self.bare = opt_flax.FlaxOPTForCausalLM, opt_flax.FlaxOPTModel
+        flags = ("use_cache", "output_hidden_states", "output_attentions")
+        self.compiled_call = nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
+        self.compiled_gradient = nnx.jit(nnx.grad(lambda model, arguments: model(**arguments).loss))
+
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+        with self.precision(dtype):
+            model = (self.bare if bare else self.lm)(config, dtype=dtype, rngs=self.nnx.Rngs(0))
+        model.eval()
+        return model
+
+    @contextlib.contextmanager
+    def precision(self, dtype: str) -> Iterator[None]:
+        with self.jax.enable_x64(dtype == "float64"):
+            yield
+
+    def assign(self, variable: Any, value: np.ndarray) -> None:
+        with self.precision(str(value.dtype)):
+            variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
+
+    def count(self, model: Any) -> int:
+        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+
+    def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        (model.train if training else model.eval)()
+        try:
+            return model(**arguments)
+        finally:
+            model.eval()
+
+    def quick_call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
+        # One compilation takes a fifth of the time of compiling each operation of a new shape by itself. A cache
+        # makes room for new tokens outside of compiled functions only.
+        if "past_key_values" in arguments:
+            return self.call(model, training, arguments)
+        return self.compiled_call(model, **arguments)
+
+    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+        gradients = self.compiled_gradient(model, dict(arguments))
+
+        def find(parameter: Parameter) -> np.ndarray:
+            found = gradients
+            for part in parameter.path(self.scheme):
+                found = found[int(part) if part.isdigit() else part]
+            return self.array(found)
+
+        return find
+
+    def tensor(self, value: Any) -> Any:
+        return self.jax.numpy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    def array(self, value: Any) -> np.ndarray:
+        return widened(np.asarray(value[...] if isinstance(value, self.nnx.Variable) else value))
+
+
+ADAPTERS = {"torch": TorchAdapter, "tf": TFAdapter, "flax": FlaxAdapter}
