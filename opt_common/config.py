@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from opt_common.errors import ConfigError, join_problems
 
@@ -98,10 +98,10 @@ class OPTConfig:
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
     dtype: str | None = None
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self) -> None:
-        if self.word_embed_proj_dim is None:
+        if self.word_embed_proj_dim is None:  # pyright: ignore[reportUnnecessaryComparison]
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
         if problems := _problems(self):
             raise ConfigError("OPTConfig: " + join_problems(problems))
@@ -172,7 +172,7 @@ class OPTConfig:
             raise ConfigError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch the file again.")
-        return cls.from_dict(values)
+        return cls.from_dict(cast(dict[str, Any], values))
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_dict` and Hugging Face read back to the same model."""
@@ -205,8 +205,14 @@ def _problems(config: OPTConfig) -> list[str]:
         return holds
 
     sizes = (
-        "vocab_size hidden_size num_hidden_layers ffn_dim max_position_embeddings word_embed_proj_dim num_attention_heads"
-    ).split()
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "ffn_dim",
+        "max_position_embeddings",
+        "word_embed_proj_dim",
+        "num_attention_heads",
+    )
     valid_sizes = [
         check(name, _is_int(getattr(config, name)) and getattr(config, name) > 0, "a positive integer")
         for name in sizes
@@ -218,8 +224,13 @@ def _problems(config: OPTConfig) -> list[str]:
             f"a multiple of num_attention_heads ({config.num_attention_heads})",
         )
     for name in (
-        "do_layer_norm_before _remove_final_layer_norm use_cache enable_bias layer_norm_elementwise_affine tie_word_embeddings"
-    ).split():
+        "do_layer_norm_before",
+        "_remove_final_layer_norm",
+        "use_cache",
+        "enable_bias",
+        "layer_norm_elementwise_affine",
+        "tie_word_embeddings",
+    ):
         check(name, isinstance(getattr(config, name), bool), "true or false")
     for name in ("dropout", "attention_dropout", "layerdrop"):
         check(name, _is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1, "a probability from 0 to 1")
@@ -229,7 +240,8 @@ def _problems(config: OPTConfig) -> list[str]:
         token = getattr(config, name)
         in_table = _is_int(token) and _is_int(config.vocab_size) and 0 <= token < config.vocab_size
         check(name, token is None or in_table, f"null or an id from 0 to vocab_size - 1 ({config.vocab_size})")
-    check("dtype", config.dtype is None or isinstance(config.dtype, str), "null or the name of a dtype")
+    dtype: Any = config.dtype
+    check("dtype", dtype is None or isinstance(dtype, str), "null or the name of a dtype")
     return problems
 
 

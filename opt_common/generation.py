@@ -1,7 +1,7 @@
-"""The rules of decoding, stated once: what a prompt is, which token ends a row, what a finished row emits, when to stop.
+"""The rules of decoding, stated once: what a prompt is, what ends a row, what a finished row emits, when to stop.
 
-A backend supplies a `Decoder`: one prefill and one step, compiled, with its cache and its vocabulary-sized arithmetic on
-its own device. Only token ids, one a row and step, come to the host.
+A backend supplies a `Decoder`: one prefill and one step, compiled, with its cache and its vocabulary-sized arithmetic
+on its own device. Only token ids, one a row and step, come to the host.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -49,12 +49,12 @@ class GenerationConfig:
     bos_token_id: int | None = None
     do_sample: bool = False
     use_cache: bool = True
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self) -> None:
         eos: Any = self.eos_token_id
-        eos = () if eos is None else eos if isinstance(eos, list | tuple) else (eos,)
-        object.__setattr__(self, "eos_token_id", tuple(eos))
+        several: tuple[Any, ...] = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        object.__setattr__(self, "eos_token_id", several)
         problems: list[str] = []
         if self.do_sample:
             problems.append("do_sample is True, but only greedy decoding is available. Pass do_sample=False.")
@@ -62,7 +62,7 @@ class GenerationConfig:
             count = getattr(self, name)
             if count is not None and (not _is_id(count) or count == 0):
                 problems.append(f"{name} is {count!r}, expected a positive integer.")
-        if not all(_is_id(token) for token in self.eos_token_id):
+        if not all(_is_id(token) for token in several):
             problems.append(f"eos_token_id is {eos!r}, expected an id, a list of ids or None.")
         if self.pad_token_id is not None and not _is_id(self.pad_token_id):
             problems.append(f"pad_token_id is {self.pad_token_id!r}, expected an id or None.")
@@ -92,20 +92,17 @@ class GenerationConfig:
             raise GenerationError(f"{path} is not readable as JSON: {error}. Fetch it again, or delete it.") from None
         if not isinstance(values, dict):
             raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")
-        fields = {name: values.pop(name) for name in _FIELDS & values.keys()}
-        return dataclasses.replace(defaults, **fields, extra=values)
+        extra = cast(dict[str, Any], values)
+        fields = {name: extra.pop(name) for name in _FIELDS & extra.keys()}
+        return dataclasses.replace(defaults, **fields, extra=extra)
 
-    def to_json(self) -> str:
-        """The text of a `generation_config.json`."""
-        values = {**self.extra, **{name: getattr(self, name) for name in _FIELDS}}
-        values = {
-            name: value
-            for name, value in values.items()
-            if value is not None and value != getattr(_DEFAULTS, name, None)
-        }
-        if len(self.eos_token_id) == 1:
-            values["eos_token_id"] = self.eos_token_id[0]
-        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `generation_config.json`: what differs from the defaults."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        values = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
+        if "eos_token_id" in values:
+            values["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id)
+        return {**self.extra, **values}
 
     def updated(self, **settings: Any) -> Self:
         """A copy with some settings changed; None leaves a setting as it is.
@@ -190,7 +187,7 @@ def read_prompt(
         new_tokens = max_length - length
         if new_tokens <= 0:
             raise GenerationError(
-                f"The prompt has {length} tokens and max_length is {max_length}: no room to continue. Pass max_new_tokens."
+                f"The prompt has {length} tokens and max_length is {max_length}: no room is left. Pass max_new_tokens."
             )
     longest, limit = int(mask_BT.sum(1).max()), config.max_position_embeddings
     # The last new token is never read, so it needs no position.
@@ -211,8 +208,8 @@ def read_prompt(
 def decode(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Iterator[Ids]:
     """Run a decoder, one (B,) array of tokens a step.
 
-    A row is finished once it has emitted an id of `eos_token_id`; from then on it emits the pad token. The run stops when
-    every row is finished, or after `prompt.new_tokens` steps.
+    A row is finished once it has emitted an id of `eos_token_id`; from then on it emits the pad token. The run stops
+    when every row is finished, or after `prompt.new_tokens` steps.
     """
     eos = np.asarray(settings.eos_token_id, dtype=np.int64)
     pad = settings.pad_token_id if settings.pad_token_id is not None else int(eos[0]) if eos.size else 0
@@ -242,4 +239,4 @@ def bucket(length: int) -> int:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0

@@ -7,7 +7,6 @@ under XLA; here it is one sentence, before anything is computed.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from opt_common.config import POSITION_OFFSET, OPTConfig
@@ -81,9 +80,7 @@ def _shape_problems(
         return [f"inputs_embeds has shape {shapes['inputs_embeds']}, expected {expected}."]
     batch, length = shapes.get("input_ids") or shapes["inputs_embeds"][:2]
     if not batch or not length:
-        return [
-            f"The input is empty (batch {batch}, length {length}). Give at least one token; the tokenizer's </s> will do."
-        ]
+        return [f"The input is empty (batch {batch}, length {length}). Give one token at least, such as </s>."]
 
     problems: list[str] = []
     for name in ("position_ids", "labels"):

@@ -1,7 +1,7 @@
 """What a model call returns: small typed records, the same fields in all three frameworks."""
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from opt_common.errors import InputError
 
@@ -19,6 +19,14 @@ class ModelOutput:
     def __iter__(self) -> NoReturn:
         self[0]  # the same sentence: unpacking is indexing in disguise
         raise AssertionError
+
+    def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
+        """What TensorFlow asks of a record that passes through `tf.function`."""
+        return (), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple[()], components: tuple[Any, ...]) -> Self:
+        return cls(**{field.name: value for field, value in zip(dataclasses.fields(cls), components, strict=True)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Literal
 from opt_common.config import POSITION_OFFSET, OPTConfig
 
 Scheme = Literal["torch", "keras", "nnx"]
-"""Whose leaf names and layouts: PyTorch and Hugging Face torch, Keras (and Hugging Face TF), Flax (and Hugging Face Flax)."""
+"""Whose leaf names and layouts: those of PyTorch, Keras or Flax, and of Hugging Face's checkpoints for each."""
 
 
 @dataclasses.dataclass(frozen=True)

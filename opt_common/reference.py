@@ -1,11 +1,11 @@
 """The OPT model in plain NumPy, float64: the definition that the three backends are held to. Written to be read.
 
-    ids BT ── embed_tokens ──▶ BTE ── project_in ──▶ BTD ──┐
-    positions BT ── embed_positions ─────────────────▶ BTD ─┴ + ─▶ layer 0 … L-1 ─▶ final_layer_norm ─▶ project_out ─▶ BTE
+    ids BT ── embed_tokens ──▶ BTE ── project_in ──▶ BTD ─┐
+    positions BT ── embed_positions ───────────────▶ BTD ─┴ + ─▶ layers ─▶ final_layer_norm ─▶ project_out ─▶ BTE
     BTE ── head (token table, unless untied) ──▶ logits BTV
 
-Axis letters: B batch, T query length, S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim,
-V vocabulary. Weights are canonical (`opt_common.params`): a linear weight is (out, in).
+Axis letters: B batch, T query length, S key length, D hidden_size, N heads, H head_dim, F ffn_dim,
+E word_embed_proj_dim, V vocabulary. Weights are canonical (`opt_common.params`): a linear weight is (out, in).
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def forward(
     tokens_BTE = (
         weights["model.decoder.embed_tokens.weight"][input_ids] if inputs_embeds is None else np.float64(inputs_embeds)
     )
-    B, T, _ = tokens_BTE.shape
+    B, T = tokens_BTE.shape[:2]
     mask_BT = np.ones((B, T), dtype=np.int64) if attention_mask is None else np.asarray(attention_mask)
     positions_BT = positions(mask_BT) if position_ids is None else np.asarray(position_ids)
 
@@ -134,15 +134,15 @@ def generate_greedy(
 
 
 def positions(attention_mask_BT: Array) -> Array:
-    """THE position rule: attended tokens count 0, 1, 2, …; a masked slot is -1 and so reads the row below position 0."""
+    """THE position rule: attended tokens count 0, 1, 2, …; a masked slot is -1 and reads the row below position 0."""
     return np.cumsum(attention_mask_BT, axis=1) * attention_mask_BT - 1
 
 
 def attention_bias(attention_mask_BT: Array) -> Array:
     """THE mask rule, (B, 1, T, S): query t may attend to key s if s <= t and key s is not masked."""
     T = attention_mask_BT.shape[1]
-    causal_TS = np.arange(T)[None, :] <= np.arange(T)[:, None]
-    allowed_BNTS = causal_TS[None, None] & (attention_mask_BT[:, None, None, :] != 0)
+    causal_TS: Array = np.arange(T)[None, :] <= np.arange(T)[:, None]
+    allowed_BNTS: Array = causal_TS[None, None] & (attention_mask_BT[:, None, None, :] != 0)
     return np.where(allowed_BNTS, 0.0, MASKED)
 
 

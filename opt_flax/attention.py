@@ -5,6 +5,7 @@ The rule, the scaling and the value added to a masked score are those of `opt_co
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ class Masking:
     """What a query may attend to.
 
     Attributes:
-        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None means
-            that each of the T queries attends to every key up to its own, the last query to all of them.
+        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None
+            means that each of the T queries attends to every key up to its own, the last query to all of them.
     """
 
     bias_BNTS: Array | None = None
@@ -47,7 +48,7 @@ def check_implementation(implementation: str) -> str:
 
 
 def attention_bias(attention_mask_BS: Array | None, T: int, S: int, offset: int | Array, like: Array) -> Array:
-    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s if s <= offset + t and s is no padding.
+    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s up to that slot unless s is padding.
 
     Args:
         attention_mask_BS: (B, S) of ones and zeros, or None for all ones.
@@ -87,7 +88,7 @@ def attend(
     Returns:
         The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
     """
-    # The fused kernels sum in float32 whatever they are given: too little for float64, and on a CPU not there for float16.
+    # The fused kernels sum in float32 whatever they are given: too little for float64. On a CPU, float16 has none.
     unfused = q_BTNH.dtype == jnp.float64 or (q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu")
     if need_probs or implementation == "eager" or dropout is not None or unfused:
         context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
@@ -118,5 +119,5 @@ def _fused(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking, implem
         bias=masking.bias_BNTS,
         is_causal=masking.bias_BNTS is None and T > 1,
         scale=1.0,
-        implementation=implementation,
+        implementation=cast(Literal["xla", "cudnn"], implementation),
     )

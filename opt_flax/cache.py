@@ -6,6 +6,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from opt_common.config import OPTConfig
@@ -53,7 +54,7 @@ class KVCache:
 
     def with_room(self, new_tokens: int) -> Self:
         """The same cache with at least `new_tokens` free slots."""
-        if isinstance(self.length, jax.core.Tracer):
+        if isinstance(self.length, Tracer):
             return self
         cache = dataclasses.replace(self, length=int(self.length))
         needed = cache.length + new_tokens

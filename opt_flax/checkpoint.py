@@ -23,6 +23,7 @@ class Pretrained:
 
     head: ClassVar[Literal["lm"] | None]
     config: OPTConfig
+    generation_config: GenerationConfig
 
     @classmethod
     def from_pretrained(
@@ -51,7 +52,7 @@ class Pretrained:
             rngs: source of dropout's random numbers, should the model be trained; None means `nnx.Rngs(0)`.
 
         Raises:
-            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors are not those of its configuration.
+            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors do not fit its configuration.
             ConfigError: if its configuration is none of an OPT model.
         """
         directory = resolve(
@@ -66,11 +67,9 @@ class Pretrained:
             config = checkpoint.config
             table = parameter_table(config, head=cls.head)
             checked_parameters(checkpoint, table)
-            requested = dtype
+            requested = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
             stored = checkpoint.info(table[0].name).dtype.name
-            name = choose_dtype(
-                requested if requested is None or requested == "auto" else jnp.dtype(requested).name, stored
-            )
+            name = choose_dtype(requested, stored)
             # Built without storage, so that no memory is spent on weights that are replaced at once.
             model = nnx.eval_shape(
                 lambda: cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, rngs=nnx.Rngs(0))
@@ -91,7 +90,7 @@ class Pretrained:
         self,
         directory: str | os.PathLike[str],
         *,
-        format: str = "safetensors",  # noqa: A002  (the word users know)
+        format: str = "safetensors",
         dtype: str | None = None,
         max_shard_size: str | int = "5GB",
     ) -> None:
@@ -106,7 +105,6 @@ class Pretrained:
         Raises:
             CheckpointError: if the checkpoint cannot be written or the directory holds another one.
         """
-        settings = getattr(self, "generation_config", None)
         save_checkpoint(
             directory,
             self.config,
@@ -115,7 +113,7 @@ class Pretrained:
             format=format,
             dtype=dtype,
             max_shard_size=max_shard_size,
-            generation_config=settings,
+            generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
         )
 
 

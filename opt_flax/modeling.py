@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
@@ -184,7 +185,7 @@ class FlaxOPTDecoder(nnx.Module):
         output_attentions: bool = False,
     ) -> OPTModelOutput:
         """Arguments and result are those of `FlaxOPTModel`."""
-        tokens_BTE = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = tokens_BTE.shape[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
         offset = 0 if cache is None else cache.length
@@ -224,8 +225,11 @@ class FlaxOPTDecoder(nnx.Module):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def embed(self, input_ids: Array) -> Array:
-        """Rows of the token table, (B, T, E). The pad row gets no gradient from here."""
+    def embed(self, input_ids: Array | None, inputs_embeds: Array | None) -> Array:
+        """Rows of the token table, or what stands in their place, (B, T, E). The pad row gets no gradient from here."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
         tokens_BTE = self.embed_tokens(input_ids)
         if self.config.pad_token_id is None:
             return tokens_BTE
@@ -523,8 +527,8 @@ def check(
         values={
             name: np.asarray(array)
             for name, array in arrays.items()
-            if not isinstance(array, jax.core.Tracer) and name != "inputs_embeds"
+            if not isinstance(array, Tracer) and name != "inputs_embeds"
         },
-        past_length=None if isinstance(length, jax.core.Tracer) else int(length),
+        past_length=None if isinstance(length, Tracer) else int(length),
         past_capacity=0 if past_key_values is None else past_key_values.capacity,
     )

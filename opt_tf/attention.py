@@ -3,6 +3,10 @@
 The rule, the scaling and the value added to a masked score are those of `opt_common.reference`.
 """
 
+# TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
 import dataclasses
 from collections.abc import Callable
 
@@ -21,8 +25,8 @@ class Masking:
     """What a query may attend to.
 
     Attributes:
-        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None means
-            that each of the T queries attends to every key up to its own, the last query to all of them.
+        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None
+            means that each of the T queries attends to every key up to its own, the last query to all of them.
     """
 
     bias_BNTS: tf.Tensor | None = None
@@ -42,7 +46,7 @@ def check_implementation(implementation: str) -> str:
 def attention_bias(
     attention_mask_BS: tf.Tensor | None, T: int, S: int, offset: int | tf.Tensor, like: tf.Tensor
 ) -> tf.Tensor:
-    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s if s <= offset + t and s is no padding.
+    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s up to that slot unless s is padding.
 
     Args:
         attention_mask_BS: (B, S) of ones and zeros, or None for all ones.

@@ -1,5 +1,9 @@
 """The key and value cache of a decoder: a value that goes in, and a new one that comes out."""
 
+# TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
 import dataclasses
 from typing import Any, Self
 

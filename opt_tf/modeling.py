@@ -12,6 +12,10 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
+# TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
@@ -30,6 +35,14 @@ from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
+
+if keras.version().startswith("2."):
+    raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
+if keras.backend.backend() != "tensorflow":
+    raise MissingFrameworkError(
+        f"opt_tf needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()}. "
+        "Set the environment variable KERAS_BACKEND=tensorflow before Python starts, or use opt_flax or opt_torch."
+    )
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "relu": tf.nn.relu,
@@ -199,7 +212,7 @@ class TFOPTDecoder(keras.layers.Layer):
         output_attentions: bool = False,
     ) -> OPTModelOutput:
         """Arguments and result are those of `TFOPTModel`."""
-        tokens_BTE = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = keras.ops.shape(tokens_BTE)[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
         offset = 0 if cache is None else cache.length
@@ -241,8 +254,11 @@ class TFOPTDecoder(keras.layers.Layer):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def embed(self, input_ids: tf.Tensor) -> tf.Tensor:
-        """Rows of the token table, (B, T, E). The pad row gets no gradient from here."""
+    def embed(self, input_ids: tf.Tensor | None, inputs_embeds: tf.Tensor | None) -> tf.Tensor:
+        """Rows of the token table, or what stands in their place, (B, T, E). The pad row gets no gradient from here."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
         tokens_BTE = self.embed_tokens(input_ids)
         if self.config.pad_token_id is None:
             return tokens_BTE
@@ -610,6 +626,8 @@ def check(
         if array is not None
     }
     length = 0 if past_key_values is None else past_key_values.length
+    if any(None in array.shape for array in arrays.values()):
+        return  # Keras does not know the lengths yet, and calls again when it does
     check_inputs(
         config,
         shapes={name: tuple(array.shape) for name, array in arrays.items()},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from opt_common.errors import InputError, MissingFrameworkError
 
@@ -27,8 +27,8 @@ class Masking:
 
     Attributes:
         padding_BS: 1 for a key that may be attended to, 0 for padding; None for all ones.
-        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None means
-            that each of the T queries attends to every key up to its own, the last query to all of them.
+        bias_BNTS: added to the scores, shape (B or 1, 1, T, S): 0 or the most negative number of the dtype. None
+            means that each of the T queries attends to every key up to its own, the last query to all of them.
         maybe_empty: whether gradients are wanted and some query may attend to nothing (left padding).
     """
 
@@ -60,7 +60,7 @@ def check_implementation(implementation: str) -> str:
 
 
 def attention_bias(attention_mask_BS: Tensor | None, T: int, S: int, offset: int, like: Tensor) -> Tensor:
-    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s if s <= offset + t and s is no padding.
+    """The mask rule as a number to add: query t, in slot `offset + t`, sees key s up to that slot unless s is padding.
 
     Args:
         attention_mask_BS: (B, S) of ones and zeros, or None for all ones.
@@ -101,7 +101,7 @@ def attend(
         The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
     """
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
-    # number of keys where every score is at the masked minimum: such a row's gradients come out that many times too large.
+    # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:
         context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
         return context_BTNH, probs_BNTS if need_probs else None
@@ -115,13 +115,13 @@ def _eager(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dro
     # Softmax sums in float32 at least, whatever the model computes in.
     scores_BNTS = scores_BNTS.to(torch.promote_types(scores_BNTS.dtype, torch.float32)) + bias_BNTS
     probs_BNTS = torch.softmax(scores_BNTS, dim=-1).to(q_BTNH.dtype)
-    probs_BNTS = F.dropout(probs_BNTS, dropout, training=dropout > 0)
+    probs_BNTS = functional.dropout(probs_BNTS, dropout, training=dropout > 0)
     return torch.einsum("bnts,bsnh->btnh", probs_BNTS, v_BSNH), probs_BNTS
 
 
 def _sdpa(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> Tensor:
     T = q_BTNH.shape[1]
-    context_BNTH = F.scaled_dot_product_attention(
+    context_BNTH = functional.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSNH.transpose(1, 2),
         v_BSNH.transpose(1, 2),
@@ -134,7 +134,7 @@ def _sdpa(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, drop
 
 
 def _flex_attention(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415  (its import takes a second)
+    from torch.nn.attention.flex_attention import flex_attention
 
     if dropout > 0:
         raise InputError(
@@ -163,13 +163,13 @@ def _flex_attention(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Mas
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention  # noqa: PLC0415
+    from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True)
 
 
 def _flash_attention_2(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> Tensor:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # noqa: PLC0415  (optional; checked when the model is built)
+    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     if q_BTNH.dtype not in (torch.float16, torch.bfloat16):
         raise InputError(
@@ -198,7 +198,7 @@ def _flash_attention_2(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: 
 
 
 def _row_starts(mask_BS: Tensor) -> Tensor:
-    return F.pad(mask_BS.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return functional.pad(mask_BS.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
 
 _KERNELS = {"sdpa": _sdpa, "flex_attention": _flex_attention, "flash_attention_2": _flash_attention_2}

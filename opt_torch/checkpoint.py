@@ -22,6 +22,7 @@ class Pretrained:
 
     head: ClassVar[Literal["lm"] | None]
     config: OPTConfig
+    generation_config: GenerationConfig
 
     @classmethod
     def from_pretrained(
@@ -52,7 +53,7 @@ class Pretrained:
             local_files_only: whether to use only what is already there.
 
         Raises:
-            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors are not those of its configuration.
+            CheckpointError: if there is no such checkpoint, it is damaged, or its tensors do not fit its configuration.
             ConfigError: if its configuration is none of an OPT model.
         """
         directory = resolve(
@@ -85,7 +86,7 @@ class Pretrained:
         self,
         directory: str | os.PathLike[str],
         *,
-        format: str = "safetensors",  # noqa: A002  (the word users know)
+        format: str = "safetensors",
         dtype: str | None = None,
         max_shard_size: str | int = "5GB",
     ) -> None:
@@ -100,7 +101,6 @@ class Pretrained:
         Raises:
             CheckpointError: if the checkpoint cannot be written or the directory holds another one.
         """
-        settings = getattr(self, "generation_config", None)
         save_checkpoint(
             directory,
             self.config,
@@ -109,7 +109,7 @@ class Pretrained:
             format=format,
             dtype=dtype,
             max_shard_size=max_shard_size,
-            generation_config=settings,
+            generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
         )
 
 

@@ -179,7 +179,7 @@ class OPTDecoder(nn.Module):
         output_attentions: bool = False,
     ) -> OPTModelOutput:
         """Arguments and result are those of `OPTModel`."""
-        tokens_BTE = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = tokens_BTE.shape[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
         offset = 0 if cache is None else cache.length
@@ -215,8 +215,11 @@ class OPTDecoder(nn.Module):
             attentions=tuple(attentions) if output_attentions else None,
         )
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Rows of the token table, (B, T, E). The pad row gets no gradient from here."""
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Rows of the token table, or what stands in their place, (B, T, E). The pad row gets no gradient from here."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        assert input_ids is not None
         return self.embed_tokens(input_ids)
 
     def place(

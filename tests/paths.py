@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
+"""The repository."""
+
 GOLDENS = Path(os.environ.get("OPT_GOLDENS") or Path(__file__).parent / "goldens")
 """The golden data: this repository's, or a directory that `goldens/regenerate.py` wrote, named by `OPT_GOLDENS`."""
 

@@ -1,6 +1,7 @@
 """Damaged and hostile files: each gives one `CheckpointError`, executes nothing and allocates nothing it claims."""
 
 import collections
+import contextlib
 import io
 import json
 import os
@@ -90,10 +91,8 @@ def test_flipped_bytes_never_do_more_than_fail(tmp_path: Path, name: str):
         for position in random.integers(start, start + 4000, 3):
             spoiled[position] = random.integers(256)
         (tmp_path / "x").write_bytes(spoiled)
-        try:
+        with contextlib.suppress(CheckpointError):
             read_all(name, tmp_path / "x")
-        except CheckpointError:
-            pass
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path):

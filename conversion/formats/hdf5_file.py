@@ -10,15 +10,16 @@ gives back the very bits.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from conversion.dtypes import BY_NAME, BY_NUMPY
+from conversion.dtypes import BY_NAME
+from conversion.formats.hdf5_structure import DamagedError, File, Object
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
-from opt_common.errors import CheckpointError
 from opt_common.params import Scheme
 
 SCHEME: Scheme = "keras"
@@ -56,17 +57,13 @@ class Hdf5Reader:
         self._path = path
         self._buffer = map_file(path)
         self.scheme: Scheme = SCHEME
+        self._stored: dict[str, _Stored] = {}
         try:
-            with _h5py().File(path, "r") as file:
-                self._stored = {
-                    name: _dataset(path, name, _descend(path, file, where), len(self._buffer))
-                    for name, where in _names(path, file, len(self._buffer)).items()
-                }
-        # h5py turns any failure of the C library into one of these.
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise damaged(path, f"it is not a readable HDF5 file ({error})") from None
+            root = File(self._buffer).root
+            for name, where in _names(root).items():
+                self._stored[name] = _stored(name, _descend(root, where))
+        except DamagedError as error:
+            raise damaged(path, str(error)) from None
         self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
 
     def read(self, name: str) -> Array:
@@ -124,101 +121,72 @@ def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
 # Reading
 
 
-def _names(path: Path, file: Any, size: int) -> dict[str, str]:
+def _names(root: Object) -> dict[str, str]:
     """Native name -> path in the file, of every tensor that the file lists."""
-    layers = _read_names(path, file, "layer_names", size)
+    layers = _list(root, "layer_names")
     if layers is None:
-        raise CheckpointError(
-            f"{path} has no attribute layer_names, so it was not saved by a transformers TF model. "
-            f"Name a tf_model.h5 file."
-        )
+        raise DamagedError("it has no list layer_names, so that no transformers TF model has saved it")
     found: dict[str, str] = {}
     for layer in layers:
-        where = _descend(path, file, layer)
-        weights = _read_names(path, where, "weight_names", size) if _is_group(where) else None
+        where = _descend(root, layer)
+        weights = _list(where, "weight_names") if where.is_group else None
         pairs = [(layer, layer)] if weights is None else [(name, f"{layer}/{name}") for name in weights]
         for name, full in pairs:
             if name in found:
-                raise damaged(path, f"the weight {name!r} is listed twice")
+                raise DamagedError(f"the weight {name!r} is listed twice")
             found[name] = full
     return found
 
 
-def _read_names(path: Path, where: Any, name: str, size: int) -> list[str] | None:
+def _list(where: Object, name: str) -> list[str] | None:
     """A list of names in one attribute or split over several; None if there is none."""
-    if name in where.attrs:
-        return _read_list(path, where, name, size)
+    if name in where.attributes:
+        return _part(where, name)
     names: list[str] = []
-    for number in range(size):
+    for number in itertools.count():
         part = f"{name}{number}"
-        if part not in where.attrs:
+        if part not in where.attributes:
             return names if number else None
-        names += _read_list(path, where, part, size)
-    return names
+        names += _part(where, part)
+    raise AssertionError
 
 
-def _read_list(path: Path, where: Any, name: str, size: int) -> list[str]:
-    shape = where.attrs.get_id(name).shape
-    if len(shape) != 1 or shape[0] > size:
-        raise damaged(path, f"the attribute {name} has shape {shape}")
-    values = cast("list[Any]", where.attrs[name].tolist())
-    names = [value.decode() if isinstance(value, bytes) else value for value in values]
-    if not all(isinstance(value, str) for value in names):
-        raise damaged(path, f"the attribute {name} holds something else than names")
-    return names
+def _part(where: Object, name: str) -> list[str]:
+    value = where.attributes[name]
+    if isinstance(value, list):
+        return value
+    # Keras saves the empty list of a group without weights as an empty array of numbers.
+    if value is None and name.startswith("weight_names"):
+        return []
+    raise DamagedError(f"the attribute {name} is no list of names")
 
 
-def _is_group(where: Any) -> bool:
-    return isinstance(where, _h5py().Group)
-
-
-def _descend(path: Path, file: Any, name: str) -> Any:
-    """The object of a name, reached through hard links only: soft and external ones can lead anywhere."""
-    parts = name.split("/")
+def _descend(root: Object, path: str) -> Object:
+    """The object at a path; no part of it can be a link."""
+    where = root
+    parts = path.split("/")
     if len(parts) > _MAX_DEPTH:
-        raise damaged(path, f"{name!r:.80} is nested more than {_MAX_DEPTH} deep")
-    where = file
+        raise DamagedError(f"{path!r:.80} is nested more than {_MAX_DEPTH} deep")
     for part in parts:
-        if part in ("", ".", "..") or not _is_group(where):
-            raise damaged(path, f"{name!r:.80} is no path of a weight")
-        link = where.get(part, getlink=True)
-        if not isinstance(link, _h5py().HardLink):
-            what = "absent" if link is None else f"a {type(link).__name__}"
-            raise damaged(path, f"{part!r} of the weight {name!r:.200} is {what}")
-        where = where[part]
+        child = where.child(part)
+        if child is None:
+            raise DamagedError(f"the weight {path!r:.200} is absent")
+        where = child
     return where
 
 
-def _dataset(path: Path, name: str, dataset: Any, size: int) -> _Stored:
-    """Check that a dataset is one plain run of numbers inside the file."""
-    if not isinstance(dataset, _h5py().Dataset):
-        raise damaged(path, f"{name!r:.200} is no dataset")
-    plan: Any = dataset.id.get_create_plist()
-    if plan.get_layout() != _h5py().h5d.CONTIGUOUS or plan.get_nfilters() or plan.get_external_count():
-        raise CheckpointError(
-            f"{path}: {name!r} is chunked, compressed, virtual or in another file, which Keras never does to weights. "
-            f"If you trust the file, run `h5repack -l CONTI -f NONE` on it."
-        )
-    row = BY_NUMPY.get(dataset.dtype)
-    if row is None or dataset.id.get_type() != _h5py().h5t.py_create(row.numpy):
-        raise CheckpointError(f"{path}: {name!r} has dtype {dataset.dtype}, expected one of {', '.join(BY_NAME)}.")
-    raw = TensorInfo(row.numpy, tuple(dataset.shape))
-    start = dataset.id.get_offset()
-    if raw.size and (start is None or not 0 < start <= size - raw.nbytes or dataset.id.get_storage_size() < raw.nbytes):
-        raise damaged(path, f"{name!r} of {raw.nbytes} bytes does not lie in the file of {size}")
-    return _Stored(_marked(path, name, dataset, raw), raw, start or 0)
-
-
-def _marked(path: Path, name: str, dataset: Any, raw: TensorInfo) -> TensorInfo:
-    """What a dataset stands for, by its attribute `dtype`."""
-    if _DTYPE_ATTRIBUTE not in dataset.attrs:
-        return raw
-    if dataset.attrs.get_id(_DTYPE_ATTRIBUTE).shape != ():
-        raise damaged(path, f"the attribute {_DTYPE_ATTRIBUTE} of {name!r} is a list")
-    mark: object = dataset.attrs[_DTYPE_ATTRIBUTE]
+def _stored(name: str, where: Object) -> _Stored:
+    try:
+        dataset = where.dataset()
+    except DamagedError as error:
+        raise DamagedError(f"{name!r:.200}: {error}") from None
+    raw = TensorInfo(dataset.dtype.numpy, dataset.shape)
+    if _DTYPE_ATTRIBUTE not in where.attributes:
+        return _Stored(raw, raw, dataset.start)
+    mark = where.attributes[_DTYPE_ATTRIBUTE]
     if mark != _BFLOAT16.name or raw.dtype != _FLOAT32:
-        raise damaged(path, f"{name!r} of dtype {raw.dtype} is marked as {mark!r:.40}")
-    return TensorInfo(_BFLOAT16, raw.shape)
+        raise DamagedError(f"{name!r} of dtype {raw.dtype} is marked as {mark!r:.40}")
+    return _Stored(TensorInfo(_BFLOAT16, raw.shape), raw, dataset.start)
 
 
 # Writing

@@ -1,0 +1,180 @@
+"""The three backends are one model written three times: same files, classes, methods, parameters and local names, in one order.
+
+A reader with the three `modeling.py` side by side must see one model. Whatever differs is listed in `SANCTIONED`, with
+its reason, and nothing may be listed that no longer differs.
+"""
+
+import ast
+import difflib
+import fnmatch
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+PACKAGES = {"torch": "opt_torch", "tf": "opt_tf", "flax": "opt_flax"}
+FILES = ("cache.py", "attention.py", "modeling.py", "generation.py", "checkpoint.py")
+
+RENAMED = {"call": "forward", "__call__": "forward"}
+"""What each framework calls the method that computes."""
+
+
+def outline(file):
+    """A file as lines: its definitions in order, and under each function its parameters and local names in order."""
+    lines = []
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        lines += definition(node, "")
+    return lines
+
+
+def definition(node, owner):
+    """The lines of one definition; none for imports, docstrings and statements."""
+    if isinstance(node, ast.ClassDef):
+        name = plain(node.name)
+        return [f"class {name}"] + [line for part in node.body for line in definition(part, f"{name}.")]
+    if isinstance(node, ast.FunctionDef):
+        name = owner + RENAMED.get(node.name, node.name)
+        parameters = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        return [
+            f"def {name}",
+            *(f"{name}({parameter})" for parameter in parameters),
+            *(f"{name}: {local}" for local in local_names(node) if local not in parameters),
+        ]
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [f"{owner}{name.id} =" for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    return []
+
+
+def local_names(function):
+    """Names that a function binds, in the order of first binding."""
+    stores = [node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    stores.sort(key=lambda node: (node.lineno, node.col_offset))
+    return list(dict.fromkeys(node.id for node in stores))
+
+
+def plain(name):
+    """A class's name without its framework."""
+    return name.removeprefix("TF").removeprefix("Flax")
+
+
+def differences(name, file):
+    """Lines that one backend has and PyTorch's has not ("+"), and the other way round ("-")."""
+    ours, theirs = (outline(ROOT / PACKAGES[key] / file) for key in ("torch", name))
+    return [line[0] + line[2:] for line in difflib.ndiff(ours, theirs) if line[0] in "+-"]
+
+
+BOTH = ("tf", "flax")
+SANCTIONED = {
+    "cache.py": {
+        "KVCache.written =": (BOTH, "only PyTorch writes in place, and must know who else has"),
+        "KVCache.with_room: *": (BOTH, "padding makes room in one call"),
+        "append: T": (("flax",), "slices are written by their start alone"),
+        "*(device)": (BOTH, "the frameworks place arrays themselves"),
+        "*KVCache.__tf_*": (("tf",), "how tf.function takes a cache apart"),
+        "*is_traced*": (("tf",), "JAX has a class for it, PyTorch a flag"),
+    },
+    "attention.py": {
+        "*_sdpa*": (BOTH, "a kernel of PyTorch's"),
+        "*_flex_attention*": (BOTH, "a kernel of PyTorch's"),
+        "*_flash_attention_2*": (BOTH, "a kernel of PyTorch's"),
+        "*_row_starts*": (BOTH, "part of flash_attention_2"),
+        "_KERNELS =": (BOTH, "with one kernel there is nothing to choose from"),
+        "Masking.padding_BS =": (BOTH, "flash_attention_2 cuts padding out instead of masking it"),
+        "Masking.maybe_empty =": (BOTH, "only PyTorch's kernels differ on queries that attend to nothing"),
+        "*_fused*": (("flax",), "JAX's own kernels"),
+        "attend: unfused": (("flax",), "what JAX's kernels can't compute"),
+        "attend(implementation)": (("tf",), "TensorFlow has one path"),
+        "_eager: at_least_float32": (("tf",), "no function promotes dtypes there"),
+    },
+    "modeling.py": {
+        "*(device)": (BOTH, "the frameworks place arrays themselves"),
+        "*tie_weights*": (BOTH, "there the head reads the token table; in PyTorch it is a second name for it"),
+        "OPTDecoder.embed: *": (BOTH, "PyTorch's embedding has the pad row's gradient rule built in"),
+        "OPTAttention.forward: buffer_BSNH": (BOTH, "a static cache is attended to whole, slots without a token masked"),
+        "OPTDecoder.forward: unused": (BOTH, "the mask is widened to the static cache"),
+        "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
+        "OPTDecoder.masking(cache)": (BOTH, "the mask is as wide as the static cache"),
+        "OPTDecoder.masking: maybe_empty": (BOTH, "see attention.py"),
+        "causal_lm_loss: *": (BOTH, "PyTorch's cross_entropy knows ignored labels"),
+        "*Builder.*": (BOTH, "making new layers is each framework's own business"),
+        "check: *": (BOTH, "each framework has its way to know a traced array"),
+        "OPTAttention.forward: dropping": (("flax",), "a module that decides by itself would draw a number in evaluation"),
+        "*(param_dtype)": (("flax",), "Flax tells the dtypes of parameters and arithmetic apart"),
+        "*(rngs)": (("flax",), "Flax takes its random numbers from its caller"),
+        "*.training*": (("flax",), "a property the other two have from their base class"),
+        "*.build*": (("tf",), "Keras makes weights in build()"),
+        "*(name)": (("tf",), "Keras layers have names"),
+        "*.__init__: *": (("tf",), "temporary names of those names"),
+        "*(new_weights)": (("tf",), "the other two build without storage"),
+        "*(attn_implementation)": (("tf",), "TensorFlow has one path"),
+        "*.get_config*": (("tf",), "how Keras saves a model"),
+        "*.from_config*": (("tf",), "how Keras restores a model"),
+        "*OPT*.forward": (("tf",), "Keras calls call() by way of __call__()"),
+        "OPT*.forward(self)": (("tf",), "as above"),
+        "OPT*.forward: options": (("tf",), "as above"),
+        "*check_call*": (("tf",), "as above"),
+        "*(training)": (("tf",), "Keras passes the mode as an argument"),
+        "OPTForCausalLM.logits: *": (("tf",), "the tied head is a product with the transposed table"),
+        "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
+        "*Linear.*": (("tf",), "as above"),
+        "*LayerNorm.*": (("tf",), "as above"),
+    },
+    "generation.py": {
+        "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),
+        "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
+        "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
+        "*_step*": (BOTH, "that function"),
+        "_STEPS =": (("tf",), "that function's results, by model"),
+    },
+    "checkpoint.py": {
+        "*(torch_dtype)": (BOTH, "an older name that only PyTorch's users have"),
+        "*(device)": (BOTH, "the frameworks place arrays themselves"),
+        "*(rngs)": (("flax",), "dropout's random numbers"),
+        "Pretrained.from_pretrained: *": (BOTH, "an array, where PyTorch has a tensor"),
+        "*assign*": (BOTH, "as above"),
+        "*to_tensor*": (BOTH, "as above"),
+        "*to_array*": (BOTH, "as above"),
+        "*to_numpy*": (BOTH, "as above"),
+        "local_place: *": (BOTH, "modules are found by attributes; PyTorch finds them by name"),
+    },
+}
+"""file -> pattern of a differing line -> backends that differ, and why."""
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", ["tf", "flax"])
+def test_a_file_is_pytorch_s_but_for_sanctioned_differences(name, file):
+    patterns = {pattern for pattern, (names, _) in SANCTIONED[file].items() if name in names}
+    found = differences(name, file)
+    unexplained = [line for line in found if not any(fnmatch.fnmatchcase(line[1:], pattern) for pattern in patterns)]
+    assert unexplained == [], f"{PACKAGES[name]}/{file} differs from PyTorch's (+ added, - absent), and no reason is given"
+    needless = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(line[1:], pattern) for line in found)]
+    assert needless == [], "sanctioned, but no longer a difference"
+
+
+def test_the_packages_have_the_same_files():
+    files = {name: {path.name for path in (ROOT / package).glob("*.py")} for name, package in PACKAGES.items()}
+    assert files["torch"] == files["tf"] == files["flax"]
+    assert set(FILES) <= files["torch"]
+
+
+def test_the_packages_export_the_same_names():
+    exported = {}
+    for name, package in PACKAGES.items():
+        tree = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
+        values = [node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"]
+        exported[name] = sorted(plain(item) for item in ast.literal_eval(values[0]))
+    assert exported["torch"] == exported["tf"] == exported["flax"]
+
+
+def test_the_comparison_sees_what_it_should(tmp_path):
+    """A renamed local, a reordered method, a lost parameter: each shows as a difference."""
+    text = (ROOT / "opt_torch" / "modeling.py").read_text(encoding="utf-8")
+    before = outline(ROOT / "opt_torch" / "modeling.py")
+    for old, new in (("q_BTNH", "query"), ("def drop_layer(", "def a_layer("), ("    output_attentions: bool = False,", "")):
+        changed = Path(tmp_path / "modeling.py")
+        assert old in text
+        changed.write_text(text.replace(old, new), encoding="utf-8")
+        assert outline(changed) != before
