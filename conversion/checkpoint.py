@@ -173,7 +173,8 @@ def checked_parameters(checkpoint: Checkpoint, table: Iterable[Parameter]) -> No
     expected = {parameter.name: parameter for parameter in table}
     present = set(checkpoint.names)
     problems = [f"missing: {name}, of shape {list(expected[name].shape)}." for name in expected if name not in present]
-    problems += [_unexpected(checkpoint, name) for name in checkpoint.names if name not in expected]
+    # A language model's head is not in the way of its bare decoder.
+    problems += [_unexpected(checkpoint, name) for name in checkpoint.names if name not in expected and name != HEAD]
     for name, parameter in expected.items():
         if name not in present:
             continue
@@ -204,8 +205,6 @@ def _advice(checkpoint: Checkpoint, expected: Mapping[str, Parameter], present: 
             "\nCheckpoints of transformers before 4.20.1 (June 2022) lack the decoder's final_layer_norm: fetch a "
             'newer one, or, if the model was trained without it, set "_remove_final_layer_norm": true.'
         )
-    if HEAD in present and HEAD not in expected:
-        return f"\n{HEAD} is the head of a language model; load it with the class that has one."
     return ""
 
 

@@ -273,7 +273,8 @@ class TFOPTDecoder(keras.layers.Layer):
             return position_ids
         if attention_mask is None:
             return offset + tf.range(T)[None]
-        return positions(tf.cast(attention_mask, tf.int32))[:, offset : offset + T]
+        # Gathered, not sliced: XLA compiles a slice anew for every offset.
+        return tf.gather(positions(tf.cast(attention_mask, tf.int32)), offset + tf.range(T), axis=1)
 
     def masking(
         self,

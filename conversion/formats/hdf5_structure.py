@@ -1,9 +1,9 @@
 """The part of the HDF5 file format that Keras's weight files are made of, read from a mapped file.
 
-Our own parser, because the HDF5 library is not made for untrusted files: a few changed bytes make it loop for ever in C.
-It knows the original layout (superblock 0 and 1, object headers 1, groups as symbol tables), which h5py writes unless it
-is told otherwise, and refuses everything else; see the "HDF5 File Format Specification" of the HDF Group, sections II to
-IV. Every address is checked against the file, and the number of structures that are read is bounded.
+Our own parser, because the HDF5 library is not made for untrusted files: a few changed bytes make it loop for ever in
+C. It knows the original layout (superblock 0 and 1, object headers 1, groups as symbol tables), which h5py writes
+unless it is told otherwise, and refuses everything else; see the "HDF5 File Format Specification" of the HDF Group,
+sections II to IV. Every address is checked against the file, and the number of structures that are read is bounded.
 """
 
 import dataclasses
@@ -63,17 +63,26 @@ class File:
         self._buffer = buffer
         self._left = _MAX_STRUCTURES
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
-        version = self.bytes(0, 9)[8] if self.bytes(0, 8) == _SIGNATURE else None
+        self._objects: dict[int, Object] = {}
+        version = self.take(0, 9)[8] if self.take(0, 8) == _SIGNATURE else None
         if version is None:
             raise DamagedError("it does not begin as an HDF5 file")
-        if version not in (0, 1) or self.bytes(13, 2) != b"\x08\x08":
-            raise DamagedError("it is HDF5 of a later layout; h5repack with --low=0 --high=0 writes the one of Keras")
+        if version not in (0, 1) or self.take(13, 2) != b"\x08\x08":
+            raise DamagedError("it is HDF5 of a later layout; `h5repack --low=0 --high=1` writes the one of Keras")
         base = 24 if version == 0 else 28
         if self.unsigned(base) != 0:
             raise DamagedError("it begins with a user block")
-        self.root = Object(self, self.unsigned(base + 32 + 8))
+        if (end := self.unsigned(base + 16)) > len(buffer):
+            raise DamagedError(f"it should have {end} bytes but has {len(buffer)}")
+        self.root = self.object(self.unsigned(base + 32 + 8))
 
-    def bytes(self, start: int, size: int) -> bytes:
+    def object(self, address: int) -> "Object":
+        """The group or dataset at an address, read once."""
+        if address not in self._objects:
+            self._objects[address] = Object(self, address)
+        return self._objects[address]
+
+    def take(self, start: int, size: int) -> bytes:
         """Some bytes of the file, all of which must be there."""
         self._left -= 1
         if self._left < 0:
@@ -84,11 +93,11 @@ class File:
 
     def unsigned(self, start: int, size: int = 8) -> int:
         """A number of the file."""
-        return int.from_bytes(self.bytes(start, size), "little")
+        return int.from_bytes(self.take(start, size), "little")
 
     def signed_by(self, start: int, signature: bytes) -> None:
         """Make sure that a structure is of the kind that its place says."""
-        if self.bytes(start, len(signature)) != signature:
+        if self.take(start, len(signature)) != signature:
             raise DamagedError(f"no {signature.decode()} at byte {start}")
 
     def heap_text(self, address: int, index: int) -> str:
@@ -97,14 +106,14 @@ class File:
             self._heaps[address] = dict(self._heap_objects(address))
         if index not in self._heaps[address]:
             raise DamagedError(f"the heap at byte {address} has no object {index}")
-        return text(self.bytes(*self._heaps[address][index]))
+        return text(self.take(*self._heaps[address][index]))
 
     def _heap_objects(self, address: int) -> Iterator[tuple[int, tuple[int, int]]]:
         self.signed_by(address, b"GCOL\x01")
         end = address + self.unsigned(address + 8)
         position = address + 16
         while position + 16 <= end:
-            index, _, _, size = struct.unpack("<HHIQ", self.bytes(position, 16))
+            index, _, _, size = struct.unpack("<HHIQ", self.take(position, 16))
             if index == 0:  # the free space at the end
                 return
             yield index, (position + 16, size)
@@ -127,7 +136,7 @@ class Object:
             position, size = blocks.pop()
             end = position + size
             while left and position + 8 <= end:
-                kind, length, flags, _ = struct.unpack("<HHB3s", self._file.bytes(position, 8))
+                kind, length, flags, _ = struct.unpack("<HHB3s", self._file.take(position, 8))
                 message = Message(kind, position + 8, length)
                 position += 8 + length
                 left -= 1
@@ -181,9 +190,9 @@ class Object:
         self._file.signed_by(node, b"SNOD\x01")
         start, size = names
         for index in range(self._file.unsigned(node + 6, 2)):
-            offset, address, cache = struct.unpack("<QQI", self._file.bytes(node + 8 + 40 * index, 20))
+            offset, address, cache = struct.unpack("<QQI", self._file.take(node + 8 + 40 * index, 20))
             # An empty name would be no name, and one without end would run into the next structure.
-            name, end, _ = self._file.bytes(start + offset, max(0, min(1024, size - offset))).partition(b"\0")
+            name, end, _ = self._file.take(start + offset, max(0, min(1024, size - offset))).partition(b"\0")
             if not name or not end:
                 raise DamagedError("the name of a member does not lie in its heap")
             if cache == _SOFT_LINK or address == _UNDEFINED:
@@ -193,7 +202,7 @@ class Object:
     def child(self, name: str) -> "Object | None":
         """A member of a group, or None."""
         address = self.children.get(name)
-        return None if address is None else Object(self._file, address)
+        return None if address is None else self._file.object(address)
 
     @functools.cached_property
     def attributes(self) -> dict[str, Attribute]:
@@ -204,13 +213,13 @@ class Object:
         return dict(self._attribute(message) for message in self._messages if message.kind == _ATTRIBUTE)
 
     def _attribute(self, message: Message) -> tuple[str, Attribute]:
-        version, flags, name_size, type_size, space_size = struct.unpack("<BBHHH", self._file.bytes(message.start, 8))
+        version, flags, name_size, type_size, space_size = struct.unpack("<BBHHH", self._file.take(message.start, 8))
         if version not in (1, 2, 3) or (version > 1 and flags):
             raise DamagedError("an attribute is of a later layout or shared")
         fill = _padded if version == 1 else int
         position = message.start + (9 if version == 3 else 8)
-        name = text(self._file.bytes(position, name_size))
-        datatype = self._file.bytes(position + fill(name_size), type_size)
+        name = text(self._file.take(position, name_size))
+        datatype = self._file.take(position + fill(name_size), type_size)
         space = position + fill(name_size) + fill(type_size)
         shape = self._shape(space)
         data = space + fill(space_size)
@@ -228,19 +237,19 @@ class Object:
         values: list[str] = []
         for position in range(data, data + count * size, size):
             if is_variable:
-                _, address, index = struct.unpack("<IQI", self._file.bytes(position, size))
+                _, address, index = struct.unpack("<IQI", self._file.take(position, size))
                 values.append(self._file.heap_text(address, index) if address else "")
             else:
-                values.append(text(self._file.bytes(position, size)))
+                values.append(text(self._file.take(position, size)))
         return values if shape else values[0]
 
     def _shape(self, start: int) -> tuple[int, ...]:
         """The shape in a dataspace."""
-        version, rank, _, kind = struct.unpack("<4B", self._file.bytes(start, 4))
+        version, rank, _, kind = struct.unpack("<4B", self._file.take(start, 4))
         if version not in (1, 2) or (version == 2 and kind > 1):
             raise DamagedError("a dataspace is empty or of a later layout")
         first = start + (8 if version == 1 else 4)
-        shape = struct.unpack(f"<{rank}Q", self._file.bytes(first, 8 * rank))
+        shape = struct.unpack(f"<{rank}Q", self._file.take(first, 8 * rank))
         if not is_shape(shape):
             raise DamagedError(f"a shape of {rank} axes is none that a weight can have")
         return shape
@@ -256,10 +265,10 @@ class Object:
             raise DamagedError("it is no dataset")
         if self._only(_FILTERS) or self._only(_EXTERNAL):
             raise DamagedError("it is compressed or in another file, which Keras never does to weights")
-        version, kind = self._file.bytes(layout.start, 2)
+        version, kind = self._file.take(layout.start, 2)
         if version != 3 or kind != _CONTIGUOUS:  # the version of the layout message
             raise DamagedError("it is chunked, virtual or of a later layout; `h5repack -l CONTI -f NONE` undoes that")
-        dtype = _DATATYPES.get(_without_version(self._file.bytes(datatype.start, datatype.size)))
+        dtype = _DATATYPES.get(_without_version(self._file.take(datatype.start, datatype.size)))
         if dtype is None:
             raise DamagedError(f"its numbers are of no plain little-endian type of {', '.join(BY_NAME)}")
         shape = self._shape(space.start)
@@ -269,7 +278,7 @@ class Object:
             return Dataset(dtype, shape, 0)
         if start == _UNDEFINED or size < info.nbytes:
             raise DamagedError(f"its shape {list(shape)} takes {info.nbytes} bytes, which the file does not hold")
-        self._file.bytes(start + info.nbytes - 1, 1)
+        self._file.take(start + info.nbytes - 1, 1)
         return Dataset(dtype, shape, start)
 
 
