@@ -44,7 +44,7 @@ def check_inputs(
     shapes: Mapping[str, tuple[int, ...]],
     values: Mapping[str, npt.NDArray[Any]],
     past_length: int | None = 0,
-    past_capacity: int = 0,
+    past_shape: tuple[int, ...] | None = None,
 ) -> None:
     """Check the arguments of one call.
 
@@ -53,12 +53,12 @@ def check_inputs(
         shapes: shape of each array given among input_ids, inputs_embeds, attention_mask, position_ids and labels.
         values: those whose values are known on the host; under a compiler there are none.
         past_length: number of tokens in the cache, or None when a compiler traces it.
-        past_capacity: number of slots of the cache.
+        past_shape: shape (B, S, N, H) of the cache's buffers, or None without a cache.
 
     Raises:
         InputError: naming everything that is wrong.
     """
-    problems = _shape_problems(config, shapes, past_length, past_capacity)
+    problems = _shape_problems(config, shapes, past_length, past_shape)
     # Wrong shapes make the values meaningless: tell of the shapes alone.
     if not problems:
         problems = _value_problems(config, shapes, values, past_length)
@@ -67,7 +67,10 @@ def check_inputs(
 
 
 def _shape_problems(
-    config: OPTConfig, shapes: Mapping[str, tuple[int, ...]], past_length: int | None, past_capacity: int
+    config: OPTConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    past_length: int | None,
+    past_shape: tuple[int, ...] | None,
 ) -> list[str]:
     if ("input_ids" in shapes) == ("inputs_embeds" in shapes):
         given = "both" if "input_ids" in shapes else "neither"
@@ -83,10 +86,13 @@ def _shape_problems(
         return [f"The input is empty (batch {batch}, length {length}). Give one token at least, such as </s>."]
 
     problems: list[str] = []
+    if past_shape is not None and past_shape[0] != batch:
+        problems.append(f"The cache has {past_shape[0]} rows, but the input has {batch}. Give each row its own.")
     for name in ("position_ids", "labels"):
         if name in shapes and shapes[name] != (batch, length):
             problems.append(f"{name} has shape {shapes[name]}, expected {(batch, length)} as the input has.")
     if "attention_mask" in shapes:
+        past_capacity = past_shape[1] if past_shape is not None else 0
         widths = {past_capacity} if past_length is None else {past_length + length, past_capacity} - {0}
         if shapes["attention_mask"] not in {(batch, width) for width in widths}:
             wide = " or ".join(str((batch, width)) for width in sorted(widths))

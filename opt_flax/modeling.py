@@ -447,12 +447,10 @@ class Builder:
     """
 
     def __init__(self, config: OPTConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        if jnp.float64 in (dtype, param_dtype) and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-            raise InputError(
-                "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
-            )
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
+        if "float64" in (self.dtype.name, self.param_dtype.name) and not jax.config.read("jax_enable_x64"):
+            raise InputError("dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first.")
         self.rngs = rngs
         self.normal = nnx.initializers.normal(config.init_std)
 
@@ -530,5 +528,5 @@ def check(
             if not isinstance(array, Tracer) and name != "inputs_embeds"
         },
         past_length=None if isinstance(length, Tracer) else int(length),
-        past_capacity=0 if past_key_values is None else past_key_values.capacity,
+        past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
     )

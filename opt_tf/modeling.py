@@ -638,5 +638,5 @@ def check(
             if not is_traced(array) and name != "inputs_embeds"
         },
         past_length=None if is_traced(length) else int(length),
-        past_capacity=0 if past_key_values is None else past_key_values.capacity,
+        past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
@@ -477,6 +478,9 @@ def check(
         "labels": labels,
     }
     arrays = {name: array for name, array in arrays.items() if array is not None}
+    for name, array in arrays.items():
+        if not isinstance(array, Tensor):
+            raise InputError(f"{name} is of type {type(array).__name__}, expected a tensor. Use torch.tensor.")
     traced = torch.compiler.is_compiling()
     check_inputs(
         config,
@@ -487,5 +491,5 @@ def check(
             if not traced and name != "inputs_embeds"
         },
         past_length=0 if past_key_values is None else past_key_values.length,
-        past_capacity=0 if past_key_values is None else past_key_values.capacity,
+        past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
     )

@@ -54,7 +54,9 @@ def load(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     """Load a variant, once per session: for tests that leave the model as it is."""
 
     @functools.lru_cache(maxsize=32)
-    def cached(backend: Adapter, variant: str, format: str = "safetensors", dtype: str = "float32", bare: bool = False) -> Any:
+    def cached(
+        backend: Adapter, variant: str, format: str = "safetensors", dtype: str = "float32", bare: bool = False
+    ) -> Any:
         return backend.load(checkpoint(variant, format), dtype=dtype, bare=bare)
 
     return cached

@@ -24,7 +24,11 @@ def in_pieces(backend, model, pieces, mask=None, cache=None):
         end = start + piece
         visible = {} if mask is None else {"attention_mask": mask[:, :end]}
         output = backend.forward(
-            model, input_ids=IDS[:, start:end], **visible, **({} if cache is None else {"past_key_values": cache}), use_cache=True
+            model,
+            input_ids=IDS[:, start:end],
+            **visible,
+            **({} if cache is None else {"past_key_values": cache}),
+            use_cache=True,
         )
         logits.append(output.logits)
         cache, start = output.cache, end

@@ -167,7 +167,9 @@ def test_a_pre_norm_checkpoint_without_its_final_norm_tells_the_story(backend, t
     kept = {name: tensor for name, tensor in tensors.items() if "decoder.final_layer_norm" not in name}
     safetensors.numpy.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((GOLDENS / "pre_ln" / "config.json").read_text())
-    with pytest.raises(CheckpointError, match=r"(?s)missing: model\.decoder\.final_layer_norm\.weight.*_remove_final_layer_norm"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)missing: model\.decoder\.final_layer_norm\.weight.*_remove_final_layer_norm"
+    ):
         backend.load(tmp_path)
 
 
@@ -201,9 +203,9 @@ def test_half_precision_is_not_given_unasked(backend):
 
 def test_auto_is_the_stored_dtype(backend):
     model = backend.lm.from_pretrained(GOLDENS / "pre_ln" / "safetensors_bf16", dtype="auto")
-    assert {str(backend.parameter(model, parameter).dtype).removeprefix("torch.") for parameter in backend.table(model)} == {
-        "bfloat16"
-    }
+    assert {
+        str(backend.parameter(model, parameter).dtype).removeprefix("torch.") for parameter in backend.table(model)
+    } == {"bfloat16"}
 
 
 # Frameworks

@@ -96,7 +96,9 @@ def test_positions_of_masked_tokens_may_be_given_as_minus_one(backend, load, var
     compare(found.logits, group["logits"], FLOAT32, attended=group["attention_mask"])
 
 
-@pytest.mark.parametrize("format", ["safetensors", "base_safetensors", "base_torch_bin", "base_tf_h5", "base_flax_msgpack"])
+@pytest.mark.parametrize(
+    "format", ["safetensors", "base_safetensors", "base_torch_bin", "base_tf_h5", "base_flax_msgpack"]
+)
 def test_the_bare_model_ends_where_the_head_begins(backend, load, format):
     group = expected("post_ln_proj")["leftpad"]
     golden = numbered(group, "hidden_states")[-1]

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from opt_common.params import parameter_table
-from tests.cases import SMALL_VARIANTS, THOROUGH, VARIANTS, batches, config_of, expected, formats, generation_cases, half_formats
+from tests.cases import (
+    SMALL_VARIANTS,
+    THOROUGH,
+    VARIANTS,
+    batches,
+    config_of,
+    expected,
+    formats,
+    generation_cases,
+    half_formats,
+)
 from tests.paths import GOLDENS
 from tests.seeded import seeded_weight
 
@@ -24,7 +34,9 @@ def test_one_variant_has_every_form_a_checkpoint_was_published_in():
     assert {"safetensors_fp16", "safetensors_bf16", "torch_bin_fp16", "flax_msgpack_fp16", "flax_msgpack_bf16"} <= set(
         half_formats("pre_ln")
     )
-    assert {"torch_bin_old_unprefixed", "torch_bin_old_nonzip", "torch_bin_old_ordereddict"} <= set(half_formats("pre_ln"))
+    assert {"torch_bin_old_unprefixed", "torch_bin_old_nonzip", "torch_bin_old_ordereddict"} <= set(
+        half_formats("pre_ln")
+    )
     assert {"base_safetensors", "base_torch_bin", "base_tf_h5", "base_flax_msgpack"} <= set(formats("post_ln_proj"))
     assert {"tf_safetensors", "flax_safetensors"} <= set(formats("post_ln_proj"))
 
@@ -35,7 +47,9 @@ def test_every_variant_has_the_groups_its_tests_need(variant):
     assert "greedy" in "".join(generation_cases(variant))
     if variant in THOROUGH:
         assert {"nopad", "rightpad", "leftpad", "midpad", "padtok", "len1", "maxlen"} == set(batches(variant))
-        assert {"explicit_pos", "inputs_embeds", "grad_leftpad", "grad_padtok", "kv_nopad_steps"} <= set(expected(variant))
+        assert {"explicit_pos", "inputs_embeds", "grad_leftpad", "grad_padtok", "kv_nopad_steps"} <= set(
+            expected(variant)
+        )
         assert all("logits_float64" in expected(variant)[group] for group in ("nopad", "leftpad"))
 
 
@@ -63,7 +77,9 @@ def test_seeded_weights_are_the_same_bits_everywhere():
     values = seeded_weight(7, "model.decoder.layers.0.fc1.weight", (3, 4))
     assert values.dtype == np.float32
     assert values.tobytes().hex() == EXPECTED_BITS
-    assert (seeded_weight(7, "model.decoder.layers.0.fc1.weight", (2, 2)).ravel() != values.ravel()[:4]).any()  # fan-in scales it
+    assert (
+        seeded_weight(7, "model.decoder.layers.0.fc1.weight", (2, 2)).ravel() != values.ravel()[:4]
+    ).any()  # fan-in scales it
     assert (seeded_weight(8, "model.decoder.layers.0.fc1.weight", (3, 4)) != values).any()
 
 

@@ -78,7 +78,9 @@ def test_the_pad_row_of_an_untied_table_gets_no_gradient(backend, load):
     group = expected("untied")["padtok"]
     config = config_of("untied")
     assert (group["input_ids"] == config.pad_token_id).any()
-    table = backend.gradients(load(backend, "untied"), **inputs_of(group, labels=True))["model.decoder.embed_tokens.weight"]
+    table = backend.gradients(load(backend, "untied"), **inputs_of(group, labels=True))[
+        "model.decoder.embed_tokens.weight"
+    ]
     used = np.unique(group["input_ids"][:, :-1])
     assert (table[config.pad_token_id] == 0).all()
     assert (np.abs(table[used[used != config.pad_token_id]]).max(axis=1) > 0).all()
@@ -87,5 +89,7 @@ def test_the_pad_row_of_an_untied_table_gets_no_gradient(backend, load):
 def test_without_a_pad_token_every_row_gets_gradient(backend):
     config = config_of("untied").replace(pad_token_id=None)
     group = expected("untied")["padtok"]
-    table = backend.gradients(backend.build(config), **inputs_of(group, labels=True))["model.decoder.embed_tokens.weight"]
+    table = backend.gradients(backend.build(config), **inputs_of(group, labels=True))[
+        "model.decoder.embed_tokens.weight"
+    ]
     assert np.abs(table[config_of("untied").pad_token_id]).max() > 0

@@ -24,7 +24,11 @@ FORMATS = ("safetensors", "torch_bin", "tf_h5", "flax_msgpack")
 def run(program, *arguments):
     """Run a program in a fresh interpreter and read the JSON it prints last."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", textwrap.dedent(program), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +50,8 @@ def blocked_for(package):
 @pytest.mark.parametrize("package", ["opt_common", "conversion"])
 def test_framework_free_packages_import_without_any(package):
     loaded = run(
-        BLOCK + f"\n    import {package}, {package}.cli\n    print(json.dumps([n for n in sys.modules if sys.modules[n]]))",
+        BLOCK
+        + f"\n    import {package}, {package}.cli\n    print(json.dumps([n for n in sys.modules if sys.modules[n]]))",
         blocked_for(None),
     )
     assert package in loaded
@@ -54,12 +59,15 @@ def test_framework_free_packages_import_without_any(package):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_backend_loads_every_format_with_its_own_framework_only(name):
-    program = BLOCK + f"""
+    program = (
+        BLOCK
+        + f"""
     from opt_{name} import {CLASSES[name]} as model_class
     for format in {FORMATS!r}:
         model_class.from_pretrained(f"{GOLDENS}/pre_ln/{{format}}", dtype="float32")
     print(json.dumps(sorted(n for n in sys.modules if sys.modules[n])))
     """
+    )
     loaded = set(run(program, blocked_for(name)))
     assert set(FRAMEWORKS[name]) <= loaded
     assert not [module for key, names in FRAMEWORKS.items() if key != name for module in names if module in loaded]
@@ -68,7 +76,11 @@ def test_a_backend_loads_every_format_with_its_own_framework_only(name):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_backends_never_import_each_other(name):
     loaded = run(f"import json, sys\nfrom opt_{name} import {CLASSES[name]}\nprint(json.dumps(list(sys.modules)))")
-    assert not [module for module in loaded if module.split(".")[0] in {f"opt_{other}" for other in FRAMEWORKS} - {f"opt_{name}"}]
+    assert not [
+        module
+        for module in loaded
+        if module.split(".")[0] in {f"opt_{other}" for other in FRAMEWORKS} - {f"opt_{name}"}
+    ]
 
 
 def best_of(count, program):

@@ -36,10 +36,14 @@ def exchange(first, second):
 
 WEIGHTS = {
     "a sign flipped": change(LAYER + "fc2.weight", np.negative),
-    "one element's sign flipped": change(LAYER + "fc1.weight", lambda w: w * np.where(np.arange(w.size) == 5, -1, 1).reshape(w.shape)),
+    "one element's sign flipped": change(
+        LAYER + "fc1.weight", lambda w: w * np.where(np.arange(w.size) == 5, -1, 1).reshape(w.shape)
+    ),
     "q and k swapped": exchange(LAYER + "self_attn.q_proj.bias", LAYER + "self_attn.k_proj.bias"),
     "k and v swapped": exchange(LAYER + "self_attn.k_proj.weight", LAYER + "self_attn.v_proj.weight"),
-    "the two norms of a layer swapped": exchange(LAYER + "self_attn_layer_norm.weight", LAYER + "final_layer_norm.weight"),
+    "the two norms of a layer swapped": exchange(
+        LAYER + "self_attn_layer_norm.weight", LAYER + "final_layer_norm.weight"
+    ),
     "a square matrix left untransposed": change(LAYER + "self_attn.out_proj.weight", np.transpose),
     "a bias dropped": change(LAYER + "fc1.bias", np.zeros_like),
     "a norm's scale dropped": change(LAYER + "final_layer_norm.weight", np.ones_like),
@@ -67,7 +71,9 @@ def test_a_changed_weight_is_noticed(backend, load, variant, mutation):
     weights = {name: value.copy() for name, value in backend.parameters(source).items()}
     model, group = fresh(backend, variant), golden_group(variant)
     install(backend, model, weights)
-    compare(backend.forward(model, **inputs_of(group)).logits, group["logits"], FLOAT32, attended=group["attention_mask"])
+    compare(
+        backend.forward(model, **inputs_of(group)).logits, group["logits"], FLOAT32, attended=group["attention_mask"]
+    )
     WEIGHTS[mutation](weights)
     install(backend, model, weights)
     assert refused(backend, model, group)

@@ -24,7 +24,7 @@ from opt_common.tokenizer import OPTTokenizer
 from tests.adapters import BACKENDS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "opt_tiny"
-CORPUS_DIGEST = "dadbf8c1eb9073b778e7a9d9540160cbe030aac57bb4896f1627e5964b36a326"
+CORPUS_DIGEST = "4d04924391bd2a7692da47d9d29753460fbad954e5a6c92482b3f30bede2c6dd"
 UNSEEN_SEED = 77
 """Neither the seed of the training stories nor that of the script's own held-out ones."""
 
@@ -118,15 +118,11 @@ def test_every_plot_names_only_what_it_binds(corpus):
 
 def test_apples_given_and_apples_left_make_all_apples(corpus):
     numbers = {word: value for value, word in enumerate(corpus.NUMBERS)}
-    pattern = re.compile(
-        r"gave .*? her (\w+) coins\..* She gave (?:her|him) (\w+) coins?\..* had only (\w+) coins? left"
-    )
+    pattern = re.compile(r"gave \w+ (\w+) of \w+ (\w+) \w+\..*? Now \w+ had (?:only )?(\w+) ")
     found = [match for text in corpus.stories(1500, seed=UNSEEN_SEED) if (match := pattern.search(text))]
-    pattern = re.compile(r"found (\w+) \w+ .*? gave \w+ (\w+) \w+\. Now \w+ had (\w+) \w+ and")
-    found += [match for text in corpus.stories(1500, seed=UNSEEN_SEED) if (match := pattern.search(text))]
     assert len(found) > 50
     for match in found:
-        whole, given, rest = (numbers[word] for word in match.groups())
+        given, whole, rest = (numbers[word] for word in match.groups())
         assert whole == given + rest, match[0]
 
 

@@ -31,7 +31,11 @@ BASE = names()
     [
         ({"word_embed_proj_dim": 4}, {"project_in.weight", "project_out.weight"}, set()),
         ({"do_layer_norm_before": False}, set(), {"decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias"}),
-        ({"_remove_final_layer_norm": True}, set(), {"decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias"}),
+        (
+            {"_remove_final_layer_norm": True},
+            set(),
+            {"decoder.final_layer_norm.weight", "decoder.final_layer_norm.bias"},
+        ),
         ({"tie_word_embeddings": False}, {"lm_head.weight"}, set()),
     ],
 )

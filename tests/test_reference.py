@@ -81,7 +81,9 @@ def test_explicit_positions_and_embeddings(variant, group, parameters):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy(variant, parameters):
-    case = next(case for name, case in generation_cases(variant).items() if name.startswith("greedy_left_pad") or "text" in name)
+    case = next(
+        case for name, case in generation_cases(variant).items() if name.startswith("greedy_left_pad") or "text" in name
+    )
     prompt = np.array(case["input_ids"])
     new_tokens = 4  # the prefix is enough here, and quick without a cache
     found = reference.generate_greedy(

@@ -92,7 +92,10 @@ SANCTIONED = {
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*tie_weights*": (BOTH, "there the head reads the token table; in PyTorch it is a second name for it"),
         "OPTDecoder.embed: *": (BOTH, "PyTorch's embedding has the pad row's gradient rule built in"),
-        "OPTAttention.forward: buffer_BSNH": (BOTH, "a static cache is attended to whole, slots without a token masked"),
+        "OPTAttention.forward: buffer_BSNH": (
+            BOTH,
+            "a static cache is attended to whole, slots without a token masked",
+        ),
         "OPTDecoder.forward: unused": (BOTH, "the mask is widened to the static cache"),
         "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
         "OPTDecoder.masking(cache)": (BOTH, "the mask is as wide as the static cache"),
@@ -100,7 +103,10 @@ SANCTIONED = {
         "causal_lm_loss: *": (BOTH, "PyTorch's cross_entropy knows ignored labels"),
         "*Builder.*": (BOTH, "making new layers is each framework's own business"),
         "check: *": (BOTH, "each framework has its way to know a traced array"),
-        "OPTAttention.forward: dropping": (("flax",), "a module that decides by itself would draw a number in evaluation"),
+        "OPTAttention.forward: dropping": (
+            ("flax",),
+            "a module that decides by itself would draw a number in evaluation",
+        ),
         "*(param_dtype)": (("flax",), "Flax tells the dtypes of parameters and arithmetic apart"),
         "*(rngs)": (("flax",), "Flax takes its random numbers from its caller"),
         "*.training*": (("flax",), "a property the other two have from their base class"),
@@ -149,7 +155,9 @@ def test_a_file_is_pytorch_s_but_for_sanctioned_differences(name, file):
     patterns = {pattern for pattern, (names, _) in SANCTIONED[file].items() if name in names}
     found = differences(name, file)
     unexplained = [line for line in found if not any(fnmatch.fnmatchcase(line[1:], pattern) for pattern in patterns)]
-    assert unexplained == [], f"{PACKAGES[name]}/{file} differs from PyTorch's (+ added, - absent), and no reason is given"
+    assert unexplained == [], (
+        f"{PACKAGES[name]}/{file} differs from PyTorch's (+ added, - absent), and no reason is given"
+    )
     needless = [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(line[1:], pattern) for line in found)]
     assert needless == [], "sanctioned, but no longer a difference"
 
@@ -173,7 +181,11 @@ def test_the_comparison_sees_what_it_should(tmp_path):
     """A renamed local, a reordered method, a lost parameter: each shows as a difference."""
     text = (ROOT / "opt_torch" / "modeling.py").read_text(encoding="utf-8")
     before = outline(ROOT / "opt_torch" / "modeling.py")
-    for old, new in (("q_BTNH", "query"), ("def drop_layer(", "def a_layer("), ("    output_attentions: bool = False,", "")):
+    for old, new in (
+        ("q_BTNH", "query"),
+        ("def drop_layer(", "def a_layer("),
+        ("    output_attentions: bool = False,", ""),
+    ):
         changed = Path(tmp_path / "modeling.py")
         assert old in text
         changed.write_text(text.replace(old, new), encoding="utf-8")

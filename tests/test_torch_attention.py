@@ -30,7 +30,9 @@ def test_every_path_gives_the_goldens(torch_backend, variant, implementation):
     for name in batches(variant):
         group = expected(variant)[name]
         found = torch_backend.forward(model, **inputs_of(group))
-        compare(found.logits, group["logits"], FLOAT32, what=f"{implementation} {name}", attended=group["attention_mask"])
+        compare(
+            found.logits, group["logits"], FLOAT32, what=f"{implementation} {name}", attended=group["attention_mask"]
+        )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])

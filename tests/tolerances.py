@@ -32,13 +32,19 @@ FLOAT32 = Tolerance(
     absolute=1e-5, relative=2e-6, why="Hugging Face's own float32 lies up to 1.1e-5 from its float64 on the goldens"
 )
 FLOAT32_GRADIENT = Tolerance(
-    absolute=1e-5, relative=2e-6, why="a gradient sums as many float32 roundings as the forward pass does, and is smaller"
+    absolute=1e-5,
+    relative=2e-6,
+    why="a gradient sums as many float32 roundings as the forward pass does, and is smaller",
 )
 FLOAT32_REAL_SHAPE = Tolerance(
     absolute=1e-4, why="sums of 4096 terms through 24 layers: rounding grows with width and depth"
 )
-FLOAT64_GOLDEN = Tolerance(absolute=1e-9, why="the goldens' own float64 rounding is near 1e-13; the rest is room for libraries")
-FLOAT64 = Tolerance(absolute=1e-10, why="between implementations of one definition only the order of float64 sums differs")
+FLOAT64_GOLDEN = Tolerance(
+    absolute=1e-9, why="the goldens' own float64 rounding is near 1e-13; the rest is room for libraries"
+)
+FLOAT64 = Tolerance(
+    absolute=1e-10, why="between implementations of one definition only the order of float64 sums differs"
+)
 FLOAT64_GRADIENT = Tolerance(absolute=1e-9, why="as FLOAT64; gradients of summed rows are up to ten times larger")
 CACHE_FLOAT64 = Tolerance(absolute=1e-10, why="a step computes the full pass's sums over the same keys")
 FLOAT16 = Tolerance(
@@ -88,12 +94,16 @@ def compare(
     worst = np.unravel_index(int(difference.argmax()), difference.shape)
     index = tuple(int(i) for i in worst)
     limit = tolerance.limit(expected)
-    message = f"{what}: |{found[worst]!r} - {expected[worst]!r}| = {difference[worst]:.3g} at {index}, allowed {limit:.3g}"
+    message = (
+        f"{what}: |{found[worst]!r} - {expected[worst]!r}| = {difference[worst]:.3g} at {index}, allowed {limit:.3g}"
+    )
     assert difference[worst] <= limit, message
     return float(difference[worst])
 
 
-def fails(found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: Tolerance, *, attended: npt.ArrayLike | None) -> bool:
+def fails(
+    found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: Tolerance, *, attended: npt.ArrayLike | None
+) -> bool:
     """Whether `compare` would refuse: what the mutation checks demand."""
     try:
         compare(found, expected, tolerance, attended=attended)

@@ -151,7 +151,7 @@ def _check_cover(path: Path, tensors: Mapping[str, TensorInfo], offsets: Mapping
     """The tensors follow each other without gap or overlap and fill the payload, as the format demands."""
     position = 0
     for name, offset in sorted(offsets.items(), key=lambda item: (item[1], tensors[item[0]].nbytes)):
-        if offset < position:
+        if offset != position:
             raise damaged(path, f"{name!r} starts at byte {offset} of the payload, expected {position}")
         position += tensors[name].nbytes
     if position != size:

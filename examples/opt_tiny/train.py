@@ -26,12 +26,12 @@ from opt_torch import OPTConfig, OPTForCausalLM
 
 PROMPTS = (
     "Once upon a time",
-    "One rainy night, a small mouse",
     "Anna was a brave girl who",
-    "Oscar had lost his blue kite.",
-    "In the forest there lived a curious bear.",
+    "One rainy night, Oscar",
+    "A shy fox named Luna had a green lantern",
+    "It was almost the birthday of Ben",
 )
-"""Openings whose continuations are shown at the end. Most of them no story begins with."""
+"""Openings whose continuations are shown at the end."""
 
 HELD_OUT_STORIES = 200
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -63,10 +63,10 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     block: int = 256
-    batch: int = 16
-    steps: int = 2200
-    warmup: int = 100
-    peak: float = 3e-3
+    batch: int = 8
+    steps: int = 4000
+    warmup: int = 200
+    peak: float = 2e-3
     weight_decay: float = 0.1
     seed: int = 0
 

@@ -42,7 +42,13 @@ TINY = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre_ln": {**TINY, "num_hidden_layers": 3},
-    "post_ln_proj": {**TINY, "hidden_size": 48, "word_embed_proj_dim": 24, "ffn_dim": 96, "do_layer_norm_before": False},
+    "post_ln_proj": {
+        **TINY,
+        "hidden_size": 48,
+        "word_embed_proj_dim": 24,
+        "ffn_dim": 96,
+        "do_layer_norm_before": False,
+    },
     "gelu": {**TINY, "activation_function": "gelu"},
     "no_bias_no_affine": {**TINY, "enable_bias": False, "layer_norm_elementwise_affine": False},
     "remove_final_ln": {**TINY, "_remove_final_layer_norm": True},
@@ -401,7 +407,10 @@ def write_tokenizer(source: Path, vocabulary: Path, target: Path) -> None:
     fast = transformers.GPT2TokenizerFast.from_pretrained(vocabulary)
     target.mkdir(parents=True, exist_ok=True)
     name = "tokenizer_goldens.jsonl.gz"
-    with gzip.open(source / name, "rt", encoding="utf-8") as old, gzip.open(target / name, "wt", encoding="utf-8") as new:
+    with (
+        gzip.open(source / name, "rt", encoding="utf-8") as old,
+        gzip.open(target / name, "wt", encoding="utf-8") as new,
+    ):
         for line in old:
             record = json.loads(line)
             text = record["text"]

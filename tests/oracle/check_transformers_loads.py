@@ -6,9 +6,9 @@ Run in the environment of `requirements.txt`, with the project on PYTHONPATH:
 
 Every golden variant is converted to every format, in one file and in shards, and loaded by the class of that format;
 safetensors by Flax's too. Printed is max |logits - golden| over attended positions, and what share of the tolerance
-it is; for half precision the golden is the float32 computation with the rounded weights. Bare decoders are compared by
-their last hidden state. What a class cannot hold (see `conversion.convert.class_limits`) is left out. Exit code 1 if a file does
-not load, a class reports missing or unexpected tensors, or a difference is above the tolerance.
+it is; for half precision the golden is the NumPy reference with the rounded weights. Bare decoders are compared by
+their last hidden state. What a class cannot hold (see `conversion.convert.class_limits`) is left out. Exit code 1 if a
+file does not load, a class reports missing or unexpected tensors, or a difference is above the tolerance.
 """
 
 import argparse
@@ -27,9 +27,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 import transformers
 
-from conversion import convert
+from conversion import convert, open_checkpoint
 from conversion.convert import class_limits
 from opt_common.config import OPTConfig
+from opt_common.reference import forward
 
 VARIANTS = (
     ("pre_ln", "safetensors"),
@@ -101,10 +102,11 @@ def _reported(info: dict[str, Any]) -> list[str]:
 
 def golden(directory: Path, folder: str, group: str) -> np.ndarray:
     """The golden result of a group, for the weights of a folder."""
-    half = next((name for name in ("fp16", "bf16") if folder.endswith(name)), None)
-    if half is not None:
-        with np.load(directory / "lowprec_expected.npz") as arrays:
-            return arrays[f"{group}/{half}_weights_fp32_compute_logits"]
+    if folder.endswith(("fp16", "bf16")):
+        with open_checkpoint(directory / folder) as checkpoint, np.load(directory / "expected.npz") as arrays:
+            params = {name: checkpoint.read(name) for name in checkpoint.names}
+            ids, mask = arrays[f"{group}/input_ids"], arrays[f"{group}/attention_mask"]
+            return forward(checkpoint.config, params, ids, mask).logits
     with np.load(directory / "expected.npz") as arrays:
         return arrays[f"{group}/{'last_hidden_state' if folder.startswith('base') else 'logits'}"]
 
