@@ -1,7 +1,7 @@
 # On a machine with git, make and Python 3.11: `make demo` runs the main job, `make test` proves it.
 # Both set up .venv first; the second time that costs nothing.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 EXTRAS ?= all-cpu,test,dev,docs
 WORKERS ?= 2

@@ -1,7 +1,8 @@
 """The program `opt-tf`."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opt_common.cli import Program, run
@@ -9,13 +10,27 @@ from opt_common.cli import Program, run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; see `opt_common.cli.run`."""
-    # Read when TensorFlow is imported: its notes about the machine are not for the users of a program.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     return run(Program(name="opt-tf", framework="TensorFlow", tensors="tf", load=load), argv)
 
 
 def load(path_or_id: str, **options: Any) -> Any:
     """The language model; its framework is imported only now."""
-    from opt_tf import TFOPTForCausalLM
+    with quiet_import():
+        from opt_tf import TFOPTForCausalLM
 
     return TFOPTForCausalLM.from_pretrained(path_or_id, **options)
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Keep TensorFlow's notes about the machine from the users of a program: its C++ writes them past Python."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

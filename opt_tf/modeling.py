@@ -238,6 +238,9 @@ class TFOPTDecoder(keras.layers.Layer):
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
             presents.append(present)
             attentions.append(probs_BNTS)
+        if output_attentions and not is_traced(offset):
+            # No token, no probability: the cache's unused slots are cut off where their number is known.
+            attentions = [probs_BNTS[..., : offset + T] for probs_BNTS in attentions]
 
         if self.config.has_final_layer_norm:
             hidden_BTD = self.final_layer_norm(hidden_BTD)

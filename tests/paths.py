@@ -10,4 +10,4 @@ GOLDENS = Path(os.environ.get("OPT_GOLDENS") or Path(__file__).parent / "goldens
 """The golden data: this repository's, or a directory that `goldens/regenerate.py` wrote, named by `OPT_GOLDENS`."""
 
 VOCAB_DIR = Path(os.environ["OPT_VOCAB_DIR"]) if os.environ.get("OPT_VOCAB_DIR") else None
-"""A directory with OPT's own `vocab.json` and `merges.txt`, which are not part of this repository; None if not named."""
+"""A directory with OPT's own `vocab.json` and `merges.txt`, which this repository has not; None if not named."""

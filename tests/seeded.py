@@ -1,6 +1,6 @@
 """Random weights that are the same bits on every machine and in every environment.
 
-The shapes of the released models, and a model with OPT's true vocabulary, are too large to keep in the repository; their
+The shapes of the released models, and a model with OPT's true vocabulary, are too large to keep here; their
 goldens were computed from these weights, and the tests write them anew. Only NumPy is needed here, because
 `goldens/regenerate.py` runs in an environment without this package.
 """
@@ -17,8 +17,8 @@ _UNIT = math.sqrt(3.0)
 def seeded_weight(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 values, in canonical layout, of the tensor with a canonical name.
 
-    Raw bits of a counter-based generator and exact float32 arithmetic: no library's idea of a normal distribution enters,
-    so that no release of NumPy can change the values. Nothing is left at 0 or 1, and every scale is one at which a sign
+    Raw bits of a counter-based generator and exact float32 arithmetic: no library's normal distribution enters, so
+    that no release of NumPy can change the values. Nothing is left at 0 or 1, and every scale is one at which a sign
     error, a dropped norm or a swapped matrix shows.
     """
     count = math.prod(shape)

@@ -155,7 +155,7 @@ def test_a_value_no_model_can_have_is_refused(changes, told):
 
 
 def test_another_model_s_file_is_refused():
-    with pytest.raises(ConfigError, match="'gpt2'.*expected 'opt'"):
+    with pytest.raises(ConfigError, match=r"'gpt2'.*expected 'opt'"):
         OPTConfig.from_dict({"model_type": "gpt2"})
 
 

@@ -17,7 +17,7 @@ PROMPT = (
 )
 
 
-def run_the_script(ID, attn_implementation, device, prompt):  # noqa: N803  (named as in the documentation)
+def run_the_script(ID, attn_implementation, device, prompt):
     """The script, imports changed."""
     import torch
 

@@ -111,7 +111,7 @@ def test_a_typo_is_not_swallowed(backend, model):
 def test_results_have_no_tuple_form(backend, model):
     with backend.scope(model):
         output = model(input_ids=backend.tensor(IDS))
-    with pytest.raises(InputError, match="read a field by its name.*logits"):
+    with pytest.raises(InputError, match=r"read a field by its name.*logits"):
         output[0]
     with pytest.raises(InputError, match="read a field by its name"):
         _, _ = output

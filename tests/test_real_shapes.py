@@ -37,13 +37,14 @@ def test_the_reference_is_hugging_face_s(shape):
     compare(reference_logits(name), expected(name)["nopad"]["last_logits"], FLOAT32_REAL_SHAPE, what=name)
 
 
-def test_a_backend_is_hugging_face_s_and_the_reference(shape, backend):
+def test_every_backend_is_hugging_face_s_and_the_reference(shape, backends):
     name, directory = shape
     golden = expected(name)["nopad"]
-    model = backend.load(directory)
-    found = backend.forward(model, input_ids=golden["input_ids"], use_cache=False).logits[:, -1]
-    compare(found, golden["last_logits"], FLOAT32_REAL_SHAPE, what=name)
-    compare(found, reference_logits(name), FLOAT32_REAL_SHAPE, what=name)
+    for backend in backends:  # one after the other: each model has up to 1.3 GB
+        model = backend.load(directory)
+        found = backend.forward(model, input_ids=golden["input_ids"], use_cache=False).logits[:, -1]
+        compare(found, golden["last_logits"], FLOAT32_REAL_SHAPE, what=f"{backend.name} {name}")
+        compare(found, reference_logits(name), FLOAT32_REAL_SHAPE, what=f"{backend.name} {name}")
 
 
 @pytest.mark.skipif(GOLDENS.name != "goldens", reason="another golden directory was named by OPT_GOLDENS")

@@ -1,4 +1,4 @@
-"""The three backends are one model written three times: same files, classes, methods, parameters and local names, in one order.
+"""The three backends are one model written three times: same files, classes, methods and names, in one order.
 
 A reader with the three `modeling.py` side by side must see one model. Whatever differs is listed in `SANCTIONED`, with
 its reason, and nothing may be listed that no longer differs.

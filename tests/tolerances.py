@@ -50,7 +50,7 @@ CACHE_FLOAT64 = Tolerance(absolute=1e-10, why="a step computes the full pass's s
 FLOAT16 = Tolerance(
     absolute=2e-3,
     relative=4e-3,
-    why="float16 keeps 11 bits: 4.9e-4 relative per rounding, and a logit is rounded after about eight chained operations",
+    why="float16 keeps 11 bits: 4.9e-4 relative per rounding, and about eight operations are chained",
 )
 BFLOAT16 = Tolerance(
     absolute=1.6e-2,

@@ -1,6 +1,6 @@
 """Write a directory of golden data like the one this script lies in, with Hugging Face `transformers` 4.57.6.
 
-    pip install -r tests/oracle/requirements.txt        # an environment of its own: transformers 4.57.6, torch, tf_keras, flax
+    pip install -r tests/oracle/requirements.txt        # in an environment of its own
     python tests/goldens/regenerate.py OUT [--variants pre_ln gelu] [--seed 7]
     OPT_GOLDENS=OUT python -m pytest tests
 
@@ -73,7 +73,7 @@ SEEDED_ONLY = ("real_vocab", "shape_125m", "shape_350m")
 
 
 def build(config: OPTConfig, seed: int) -> OPTForCausalLM:
-    """A model with seeded weights. The library's initialiser is skipped: it fails on norms without affine parameters."""
+    """A model with seeded weights. The library's initialiser is skipped: it fails on bare norms."""
     config._attn_implementation = "eager"
     with transformers.modeling_utils.no_init_weights():
         model = OPTForCausalLM(config)

@@ -33,6 +33,7 @@ from opt_common.config import OPTConfig
 from opt_common.reference import forward
 
 VARIANTS = (
+    ("post_ln_proj", "base_safetensors"),
     ("pre_ln", "safetensors"),
     ("post_ln_proj", "safetensors"),
     ("gelu", "safetensors"),
@@ -41,8 +42,6 @@ VARIANTS = (
     ("no_bias_no_affine", "safetensors"),
     ("pre_ln", "safetensors_fp16"),
     ("pre_ln", "safetensors_bf16"),
-    ("pre_ln", "base_safetensors"),
-    ("post_ln_proj", "base_safetensors"),
 )
 """Variant, and the folder whose tensors are converted."""
 
@@ -107,16 +106,15 @@ def golden(directory: Path, folder: str, group: str) -> np.ndarray:
             params = {name: checkpoint.read(name) for name in checkpoint.names}
             ids, mask = arrays[f"{group}/input_ids"], arrays[f"{group}/attention_mask"]
             return forward(checkpoint.config, params, ids, mask).logits
+    last = OPTConfig.from_json_file(directory / "config.json").num_hidden_layers
     with np.load(directory / "expected.npz") as arrays:
-        return arrays[f"{group}/{'last_hidden_state' if folder.startswith('base') else 'logits'}"]
+        return arrays[f"{group}/{f'hidden_states.{last}' if folder.startswith('base') else 'logits'}"]
 
 
 def rows(goldens: Path, scratch: Path) -> Iterator[dict[str, Any]]:
     """Convert, load and compare everything; one row for each combination."""
     for variant, folder in VARIANTS:
         source = goldens / variant / folder
-        if not source.is_dir():
-            continue
         config = OPTConfig.from_json_file(source / "config.json")
         for format_name in FORMATS:
             for size in SHARD_SIZES:
