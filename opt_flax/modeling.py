@@ -453,7 +453,9 @@ class Builder:
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         if "float64" in (self.dtype.name, self.param_dtype.name) and not jax.config.read("jax_enable_x64"):
-            raise InputError("dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first.")
+            raise InputError(
+                "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
+            )
         self.rngs = rngs
         self.normal = nnx.initializers.normal(config.init_std)
 

@@ -101,15 +101,17 @@ class Pretrained:
         Raises:
             CheckpointError: if the checkpoint cannot be written or the directory holds another one.
         """
+        table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,
             self.config,
-            parameter_table(self.config, head=self.head),
+            table,
             lambda parameter: to_numpy(find(self, parameter)),
             format=format,
-            dtype=dtype,
+            dtype=dtype or str(find(self, table[0]).dtype).removeprefix("torch."),
             max_shard_size=max_shard_size,
             generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
+            bare=self.head is None,
         )
 
 
