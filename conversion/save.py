@@ -121,7 +121,7 @@ def save_checkpoint(
     replaced; nothing else in it is touched, and while they are replaced it holds no weights that load.
 
     Args:
-        directory: where to; its parent must exist.
+        directory: where to; made, with its parents, if it does not exist.
         config: the model's configuration.
         table: the parameters to write, from `parameter_table(config, head=…)`.
         read: gives each parameter; called once for each, in the order of the table.
@@ -365,7 +365,7 @@ def _write_shard(
 def _staging(directory: Path) -> Generator[Path]:
     """A new directory beside the target, gone afterwards unless it has become the target."""
     staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
-    staging.mkdir()
+    staging.mkdir(parents=True)
     try:
         yield staging
     finally:
