@@ -36,7 +36,7 @@ def lazy_exports(
                 if (error.name or "").partition(".")[0] not in modules:
                     raise
                 raise MissingFrameworkError(
-                    f"{package} needs {framework}, which is not installed: pip install 'opt-models[{extra}]'."
+                    f"{package} needs {framework}; no module {module} is installed: pip install 'opt-models[{extra}]'."
                 ) from None
         return getattr(importlib.import_module(f"{package}.{exports[name]}"), name)
 
