@@ -53,7 +53,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         eos: Any = self.eos_token_id
-        several: tuple[Any, ...] = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        several = () if eos is None else tuple(cast(list[Any], eos)) if isinstance(eos, list | tuple) else (eos,)
         object.__setattr__(self, "eos_token_id", several)
         problems: list[str] = []
         if self.do_sample:
@@ -239,4 +239,4 @@ def bucket(length: int) -> int:
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 0
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(cast(int, value) >= 0)

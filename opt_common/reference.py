@@ -71,7 +71,9 @@ def forward(
     """
     weights = _Weights(params)
     tokens_BTE = (
-        weights["model.decoder.embed_tokens.weight"][input_ids] if inputs_embeds is None else np.float64(inputs_embeds)
+        weights["model.decoder.embed_tokens.weight"][input_ids]
+        if inputs_embeds is None
+        else np.asarray(inputs_embeds, dtype=np.float64)
     )
     B, T = tokens_BTE.shape[:2]
     mask_BT = np.ones((B, T), dtype=np.int64) if attention_mask is None else np.asarray(attention_mask)
@@ -141,8 +143,8 @@ def positions(attention_mask_BT: Array) -> Array:
 def attention_bias(attention_mask_BT: Array) -> Array:
     """THE mask rule, (B, 1, T, S): query t may attend to key s if s <= t and key s is not masked."""
     T = attention_mask_BT.shape[1]
-    causal_TS: Array = np.arange(T)[None, :] <= np.arange(T)[:, None]
-    allowed_BNTS: Array = causal_TS[None, None] & (attention_mask_BT[:, None, None, :] != 0)
+    causal_TS = np.tri(T, dtype=np.bool_)
+    allowed_BNTS = np.logical_and(causal_TS, attention_mask_BT[:, None, None, :])
     return np.where(allowed_BNTS, 0.0, MASKED)
 
 

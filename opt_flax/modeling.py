@@ -200,7 +200,7 @@ class FlaxOPTDecoder(nnx.Module):
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
         hidden_states: list[Array] = []
-        attentions: list[Array | None] = []
+        attentions: list[Any] = []
         presents: list[tuple[Array, Array]] = []
         for index, layer in enumerate(self.layers):
             hidden_states.append(hidden_BTD)
@@ -209,7 +209,7 @@ class FlaxOPTDecoder(nnx.Module):
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
             presents.append(present)
             attentions.append(probs_BNTS)
-        if output_attentions and not isinstance(offset, jax.core.Tracer):
+        if output_attentions and not isinstance(offset, Tracer):
             # No token, no probability: the cache's unused slots are cut off where their number is known.
             attentions = [probs_BNTS[..., : offset + T] for probs_BNTS in attentions]
 

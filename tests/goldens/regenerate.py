@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import OrderedDict
@@ -402,21 +403,46 @@ def write_seeded_only(model: OPTForCausalLM, variant: str, rng: np.random.Genera
 
 
 def write_tokenizer(source: Path, vocabulary: Path, target: Path) -> None:
-    """Encode and decode the texts of an existing `tokenizer_goldens.jsonl.gz` again."""
-    slow = transformers.GPT2Tokenizer.from_pretrained(vocabulary)
-    fast = transformers.GPT2TokenizerFast.from_pretrained(vocabulary)
-    target.mkdir(parents=True, exist_ok=True)
+    """Encode and decode the texts of `source` again; its two other files, of batches and of raw ids, are copied."""
+    slow = transformers.GPT2Tokenizer.from_pretrained(vocabulary, **TOKENIZER)
+    fast = transformers.GPT2TokenizerFast.from_pretrained(vocabulary, **TOKENIZER)
+    shutil.copytree(source, target, dirs_exist_ok=True)
     name = "tokenizer_goldens.jsonl.gz"
     with (
         gzip.open(source / name, "rt", encoding="utf-8") as old,
         gzip.open(target / name, "wt", encoding="utf-8") as new,
     ):
         for line in old:
-            record = json.loads(line)
-            text = record["text"]
-            record["ids_slow"], record["ids_fast"] = slow(text)["input_ids"], fast(text)["input_ids"]
-            record["same"] = record["ids_slow"] == record["ids_fast"]
-            new.write(json.dumps(record, ensure_ascii=True) + "\n")
+            new.write(json.dumps(tokenizer_record(slow, fast, json.loads(line)["text"])) + "\n")
+
+
+TOKENIZER = {
+    "add_bos_token": True,
+    "bos_token": "</s>",
+    "eos_token": "</s>",
+    "unk_token": "</s>",
+    "pad_token": "<pad>",
+    "errors": "replace",
+}
+
+
+def tokenizer_record(slow: Any, fast: Any, text: str) -> dict[str, Any]:
+    """What both tokenizers make of a text, and of its ids again."""
+    ids, fast_ids = slow(text)["input_ids"], fast(text)["input_ids"]
+    return {
+        "text": text,
+        "ids_slow": ids,
+        "ids_fast": fast_ids,
+        "same": ids == fast_ids,
+        "tokens_slow": slow.convert_ids_to_tokens(ids),
+        "ids_slow_no_special": slow(text, add_special_tokens=False)["input_ids"],
+        "ids_fast_no_special": fast(text, add_special_tokens=False)["input_ids"],
+        "decode": slow.decode(ids),
+        "decode_skip": slow.decode(ids, skip_special_tokens=True),
+        "decode_fast": fast.decode(fast_ids),
+        "decode_fast_skip": fast.decode(fast_ids, skip_special_tokens=True),
+        "decode_skip_cleanup": slow.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True),
+    }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -428,12 +454,17 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to write; made if absent")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="default: all")
     parser.add_argument("--seed", type=int, default=7, help="another seed gives other weights, inputs and results (7)")
+    parser.add_argument(
+        "--vocab", type=Path, help="directory with OPT's vocab.json and merges.txt: tokenizer goldens too"
+    )
     arguments = parser.parse_args()
     if transformers.__version__ != "4.57.6":
         raise SystemExit(f"The goldens are those of transformers 4.57.6; this is {transformers.__version__}.")
     for variant in arguments.variants:
         write_variant(variant, arguments.seed, arguments.out / variant)
         print(f"wrote {arguments.out / variant}")  # one line a variant: the large ones take a minute
+    if arguments.vocab:
+        write_tokenizer(Path(__file__).parent / "tokenizer", arguments.vocab, arguments.out / "tokenizer")
 
 
 if __name__ == "__main__":
