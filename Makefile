@@ -49,7 +49,7 @@ docs: $(ready)  ## build site/, warnings are errors
 	$(bin)/mkdocs build --strict --quiet
 
 unit: $(ready)  ## pytest
-	$(one_thread) $(bin)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(one_thread) $(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 format: $(ready)  ## mend what can be mended by machine
 	$(bin)/ruff check --fix .

@@ -34,7 +34,7 @@ class GenerationConfig:
         eos_token_id: ids that end a row: one, several or none.
         pad_token_id: what a finished row emits; None means the first of `eos_token_id`.
         bos_token_id: id in front of every text.
-        do_sample: must be False: tokens are chosen by likelihood alone.
+        do_sample: must be False when text is generated: tokens are chosen by likelihood alone.
         use_cache: False computes every step from the whole text, which is slow and gives the same tokens.
         extra: every other key of the file that was read; written back as it came.
 
@@ -56,8 +56,6 @@ class GenerationConfig:
         several = () if eos is None else tuple(cast(list[Any], eos)) if isinstance(eos, list | tuple) else (eos,)
         object.__setattr__(self, "eos_token_id", several)
         problems: list[str] = []
-        if self.do_sample:
-            problems.append("do_sample is True, but only greedy decoding is available. Pass do_sample=False.")
         for name in ("max_new_tokens", "max_length"):
             count = getattr(self, name)
             if count is not None and (not _is_id(count) or count == 0):
@@ -80,7 +78,7 @@ class GenerationConfig:
         """The settings of a checkpoint: its `generation_config.json`, or what its model configuration says.
 
         Raises:
-            GenerationError: if the file is damaged or asks for what is not available.
+            GenerationError: if the file is damaged or has a setting that cannot be.
         """
         path = directory / "generation_config.json"
         defaults = cls.from_model_config(config)
@@ -108,12 +106,16 @@ class GenerationConfig:
         """A copy with some settings changed; None leaves a setting as it is.
 
         Raises:
-            GenerationError: for a name that is no setting, or a value that cannot be.
+            GenerationError: for a name that is no setting, or a value that cannot be or is not available.
         """
         if unknown := settings.keys() - _FIELDS:
             known = ", ".join(sorted(_FIELDS))
             raise GenerationError(f"generate() has no setting {', '.join(sorted(unknown))}; it has {known}.")
-        return dataclasses.replace(self, **{name: value for name, value in settings.items() if value is not None})
+        updated = dataclasses.replace(self, **{name: value for name, value in settings.items() if value is not None})
+        # Not at construction: a checkpoint whose file asks for sampling is good for everything but generating unasked.
+        if updated.do_sample:
+            raise GenerationError("do_sample is True, but only greedy decoding is available. Pass do_sample=False.")
+        return updated
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(GenerationConfig)) - {"extra"}
