@@ -24,11 +24,11 @@ from opt_common.tokenizer import OPTTokenizer
 from tests.adapters import BACKENDS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "opt_tiny"
-CORPUS_DIGEST = "4d04924391bd2a7692da47d9d29753460fbad954e5a6c92482b3f30bede2c6dd"
+CORPUS_DIGEST = "dadbf8c1eb9073b778e7a9d9540160cbe030aac57bb4896f1627e5964b36a326"
 UNSEEN_SEED = 77
 """Neither the seed of the training stories nor that of the script's own held-out ones."""
 
-LOSS_BAR = 0.9
+LOSS_BAR = 0.3
 """Nats a token. The grammar itself cannot be guessed much better than that, and a unigram model is above 4."""
 
 SAFE_LEAD = 1e-3
@@ -118,11 +118,13 @@ def test_every_plot_names_only_what_it_binds(corpus):
 
 def test_apples_given_and_apples_left_make_all_apples(corpus):
     numbers = {word: value for value, word in enumerate(corpus.NUMBERS)}
-    pattern = re.compile(r"gave \w+ (\w+) of \w+ (\w+) \w+\..*? Now \w+ had (?:only )?(\w+) ")
-    found = [match for text in corpus.stories(1500, seed=UNSEEN_SEED) if (match := pattern.search(text))]
+    gathering = r"found (\w+) \w+ .*? gave \w+ (\w+) \w+\. Now \w+ had (\w+) \w+ and"
+    shopping = r"gave \w+ (\w+) coins\. .*? gave (?:her|him) (\w+) coins?\. .* had only (\w+) coins? left"
+    texts = list(corpus.stories(1500, seed=UNSEEN_SEED))
+    found = [match for pattern in (gathering, shopping) for text in texts if (match := re.search(pattern, text))]
     assert len(found) > 50
     for match in found:
-        given, whole, rest = (numbers[word] for word in match.groups())
+        whole, given, rest = (numbers[word] for word in match.groups())
         assert whole == given + rest, match[0]
 
 
@@ -183,7 +185,7 @@ def test_unseen_stories_are_likely(corpus, tokenizer):
     counts = Counter(token for text in corpus.stories(1000, seed=0) for token in story_ids(tokenizer, text)[1:])
     total = sum(counts.values()) + len(tokenizer)
     unigram = -sum(math.log((counts[token] + 1) / total) for row in rows for token in row[1:]) / tokens
-    assert unigram > 3 * LOSS_BAR
+    assert unigram > 10 * LOSS_BAR
 
 
 def test_the_card_shows_what_the_model_writes(tokenizer):

@@ -212,7 +212,7 @@ FRUITS = table(
     """,
 )
 
-NUMBERS = "no one two three four five six seven eight".split()
+NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
 
 ANIMALS = table(
     "animal young den feed sound hide",
@@ -428,7 +428,7 @@ COUNT = Plot(
         '{He} found {n} {fruit} {tree}. "[Look, {friend}|Come and see]," {he} called. "I have {n} {fruit}!"',
         '{Friend} looked into [the basket|{fhis} own basket] and sighed. "I have none," {fhe} said. "[I looked all day|'
         'I came too late]."',
-        "{Hero} [counted again and thought about it|thought for a moment]. Then {he} gave {friend} {k} of {his} {n} {fruit}. Now "
+        "{Hero} [counted again and thought about it|thought for a moment]. Then {he} gave {friend} {k} {k_fruit}. Now "
         "{hero} had {rest} {rest_fruit} and {friend} had {k}.",
         '"Are you not sorry?" asked {friend}. "{Rest} {rest_is} enough for me," said {hero}. "[What would I do with '
         '{n}?|It is no fun to have {n} when you have none.]"',
@@ -584,7 +584,7 @@ MARKET = Plot(
         'One {weather} {time}, {his} {elder} gave {hero} {n} coins. "Go to the {shop} and buy a {ware}," {ehe} said. "We '
         'need it for {need}."',
         "On the way, {hero} met a {beggar} who {trouble}. {Hero} [felt sorry for {bhim}|could not just walk on].",
-        '{He} gave {bhim} {k} of the {n} coins. "[Thank you, child|You are very kind]," said the {beggar}. "[I will not forget '
+        '{He} gave {bhim} {k} {k_coins}. "[Thank you, child|You are very kind]," said the {beggar}. "[I will not forget '
         'it|One day I will pay you back]."',
         "Now {hero} had only {rest} {rest_coins} left. [At the {shop}, that was not enough|The {ware} was too "
         "expensive]. {He} told {friend}, who worked there, [what had happened|the whole story].",
@@ -721,9 +721,6 @@ STRANGERS = ("wish",)
 FAVOR = 1.5
 """How much likelier earlier alternatives are: the first of two is drawn with probability 0.5 ** (1 / FAVOR) = 0.63."""
 
-NAME_FAVOR = 1.2
-"""The same for names: less, so that a model must look back for a name instead of betting on the commonest."""
-
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 _NAME = re.compile(r"\{(\w+)\}")
 _ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU]|honest)")
@@ -773,7 +770,7 @@ def _cast(rng: random.Random) -> dict[str, str]:
 
 def _person(rng: random.Random) -> dict[str, str]:
     girl = rng.random() < 0.55
-    person = {"name": pick(rng, GIRLS if girl else BOYS, NAME_FAVOR), **pick(rng, KINDS, favor=1)}
+    person = {"name": pick(rng, GIRLS if girl else BOYS), **pick(rng, KINDS, favor=1)}
     if person["kind"] == "child":
         person["kind"] = "girl" if girl else "boy"
     pronouns = ("she", "her", "her") if girl else ("he", "him", "his")
@@ -785,12 +782,13 @@ def _scene(rng: random.Random, plot: Plot) -> dict[str, str]:
     bound = {"trait": pick(rng, plot.traits.split()), **pick(rng, plot.weathers), **pick(rng, TIMES)}
     for rows in plot.tables:
         bound |= pick(rng, rows)
-    whole = 3 + int(6 * rng.random())
+    whole = 3 + int(8 * rng.random())
     given = 1 + int((whole - 1) * rng.random() ** FAVOR)
     bound |= {"n": NUMBERS[whole], "k": NUMBERS[given], "rest": NUMBERS[whole - given]}
-    one = whole - given == 1
-    bound |= {"rest_coins": "coin" if one else "coins", "rest_is": "is" if one else "are"}
-    bound["rest_fruit"] = bound.get("fruit_one" if one else "fruit", "")
+    for key, count in (("k", given), ("rest", whole - given)):
+        bound[f"{key}_coins"] = "coin" if count == 1 else "coins"
+        bound[f"{key}_is"] = "is" if count == 1 else "are"
+        bound[f"{key}_fruit"] = bound.get("fruit_one" if count == 1 else "fruit", "")
     return bound
 
 
