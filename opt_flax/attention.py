@@ -112,6 +112,8 @@ def _eager(
 
 def _fused(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking, implementation: str) -> Array:
     T = q_BTNH.shape[1]
+    if implementation == "cudnn" and q_BTNH.dtype not in (jnp.float16, jnp.bfloat16):
+        raise InputError(f"attn_implementation='cudnn' computes in float16 or bfloat16, got {q_BTNH.dtype}. Use 'xla'.")
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSNH,
