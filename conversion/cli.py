@@ -10,9 +10,9 @@ from typing import Any
 
 from conversion.convert import convert
 from conversion.inspect import Inspection, inspect
+from conversion.save import TARGETS
 from conversion.verify import FunctionCheck, Verification, verify
 from opt_common.errors import OPTError
-from opt_common.hub import FORMATS
 
 OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
 """Exit codes; `_EPILOGUE` says them to users."""
@@ -26,7 +26,8 @@ exit codes:
   2  the command line is wrong
   3  verify found a problem or a difference
 
-A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m.
+A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
+need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
 With --json, standard output holds one JSON document and nothing else.
 """
 
@@ -36,6 +37,8 @@ examples:
   opt-convert convert facebook/opt-125m opt-125m-flax --to flax
   opt-convert convert my-model my-model-half --to safetensors --dtype bfloat16
   opt-convert convert my-model my-model-tf --to tf --max-shard-size 2GB
+  opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
+  opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
 """,
     "inspect": """\
 examples:
@@ -111,9 +114,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("convert", _run_convert, "write a checkpoint in another format; every bit stays as it is")
     command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
-    command.add_argument("--to", required=True, choices=list(FORMATS), help="format of the new weights")
+    command.add_argument("--to", required=True, choices=TARGETS, help="format of the new weights")
     command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
     command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
+    command.add_argument(
+        "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
+    )
     command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     _add_common(command)
@@ -135,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", metavar="PATH", help="configuration of SRC; default: config.json beside its weights"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON document")
     hub = command.add_argument_group("where SRC is a hub id")
     hub.add_argument("--revision", help="branch, tag or commit")
@@ -163,6 +172,8 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         arguments.to,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
+        model_parts=arguments.model_parts,
+        config=arguments.config,
         force=arguments.force,
         progress=not arguments.quiet,
         **_hub(arguments),
@@ -182,7 +193,7 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    result = inspect(arguments.src, **_hub(arguments))
+    result = inspect(arguments.src, config=arguments.config, **_hub(arguments))
     if arguments.json:
         _print_json(result.to_dict())
     else:
@@ -191,7 +202,9 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    result = verify(arguments.src, arguments.against, function=arguments.function, **_hub(arguments))
+    result = verify(
+        arguments.src, arguments.against, function=arguments.function, config=arguments.config, **_hub(arguments)
+    )
     if arguments.json:
         _print_json(result.to_dict())
     else:

@@ -54,6 +54,8 @@ def convert(
     *,
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
+    model_parts: int | None = None,
+    config: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: bool = False,
     **hub: Any,
@@ -63,9 +65,11 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf" or "flax".
+        to: "safetensors", "torch", "tf", "flax" or "metaseq".
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
+        model_parts: number of metaseq's model-parallel parts; default one file without a number.
+        config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
         progress: show a bar on standard error, if that is a terminal.
         **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
@@ -76,9 +80,9 @@ def convert(
             `dtype`. Nothing is left behind.
         OSError: if the disk is full or not writable. Nothing is left behind.
     """
-    source, target = locate(src, **hub), Path(dst)
+    source, target = locate(src, config=config, **hub), Path(dst)
     _check_places(source, target, force=force)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, config=config) as checkpoint:
         bare = is_bare(checkpoint)
         table = parameter_table(checkpoint.config, head=None if bare else "lm")
         checked_parameters(checkpoint, table)
@@ -90,6 +94,7 @@ def convert(
             format_name=to,
             max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
             bare=bare,
+            model_parts=model_parts,
         )
         documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
         check_target(target, to, {*plan.files, *documents})
@@ -111,18 +116,19 @@ def convert(
         )
 
 
-def locate(src: str | os.PathLike[str], **hub: Any) -> Path:
+def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
     """The local file or directory of a checkpoint, fetched from the hub if need be.
 
     Args:
         src: a directory, a weight file, or a hub id.
+        config: a configuration file in place of the one in the directory, which then needs none.
         **hub: arguments of `opt_common.hub.resolve`.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
     """
     path = Path(src)
-    return path if path.is_file() else resolve(src, **hub)
+    return path if path.is_file() or (config is not None and path.is_dir()) else resolve(src, **hub)
 
 
 def is_bare(checkpoint: Checkpoint) -> bool:
