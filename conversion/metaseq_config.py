@@ -18,7 +18,7 @@ _PRE_NORM = "decoder_normalize_before"
 _NO_FINAL_NORM = "no_decoder_final_norm"
 _TIED = "share_decoder_input_output_embed"
 
-_ACTIVATIONS = {"gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
+_ACTIVATIONS: Mapping[str, Any] = {"gelu_accurate": "gelu_new", "gelu_fast": "gelu_new"}
 """metaseq's names of activations for which Hugging Face has another one; both are GELU by way of tanh."""
 
 _UNSUPPORTED = {

@@ -390,7 +390,9 @@ _FOREIGN_PACKAGES = frozenset(
 )
 """Where the classes come from that metaseq pickles beside its tensors. Their names are kept, never looked up."""
 
-_FOREIGN_BUILTINS = frozenset("object dict list tuple set frozenset str int float bool bytes complex slice".split())
+_FOREIGN_BUILTINS = frozenset(
+    "object dict list tuple set frozenset str unicode int long float bool bytes bytearray complex slice range".split()
+)
 
 
 # Writing
