@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conversion.convert import convert
+from conversion.convert import PlannedConversion, convert, plan_conversion
 from conversion.inspect import Inspection, inspect
-from conversion.save import TARGETS
+from conversion.save import TARGETS, no_room
 from conversion.verify import FunctionCheck, Verification, verify
 from opt_common.errors import OPTError
 
@@ -24,7 +24,7 @@ exit codes:
   0  done
   1  failed; one sentence on standard error says why
   2  the command line is wrong
-  3  verify found a problem or a difference
+  3  verify, or convert --verify, found a problem or a difference
 
 A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
 need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
@@ -37,6 +37,8 @@ examples:
   opt-convert convert facebook/opt-125m opt-125m-flax --to flax
   opt-convert convert my-model my-model-half --to safetensors --dtype bfloat16
   opt-convert convert my-model my-model-tf --to tf --max-shard-size 2GB
+  opt-convert convert facebook/opt-30b opt-30b-tf --to tf --dry-run
+  opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
 """,
@@ -121,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
     )
     command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be written and how much of the disk it takes; write nothing",
+    )
+    command.add_argument("--verify", action="store_true", help="compare DST with SRC afterwards, as the command verify")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     _add_common(command)
 
@@ -166,22 +174,25 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
-    result = convert(
-        arguments.src,
-        arguments.dst,
-        arguments.to,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        model_parts=arguments.model_parts,
-        config=arguments.config,
-        force=arguments.force,
-        progress=not arguments.quiet,
+    options = {
+        "dtype": arguments.dtype,
+        "max_shard_size": arguments.max_shard_size,
+        "model_parts": arguments.model_parts,
+        "config": arguments.config,
+        "force": arguments.force,
         **_hub(arguments),
-    )
+    }
+    if arguments.dry_run:
+        return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
+    result = convert(arguments.src, arguments.dst, arguments.to, progress=not arguments.quiet, **options)
     for warning in result.warnings:
         _show_warning(warning)
+    verification = None
+    if arguments.verify:
+        verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
     if arguments.json:
-        _print_json(vars(result))
+        document = vars(result)
+        _print_json(document if verification is None else {**document, "verification": verification.to_dict()})
     elif not arguments.quiet:
         print(
             f"{result.source_format} -> {result.target_format}: {result.tensors} tensors, "
@@ -189,7 +200,23 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         )
         for name in result.files:
             print(f"  {name}")
-    return OK
+        if verification is not None:
+            _show_verification(verification)
+    return OK if verification is None or verification.holds else DIFFERENT
+
+
+def _show_plan(plan: PlannedConversion, arguments: argparse.Namespace) -> int:
+    for warning in plan.warnings:
+        _show_warning(warning)
+    if arguments.json:
+        _print_json(plan.to_dict())
+    else:
+        print(f"{plan.source_format} -> {plan.target_format}, would be in {plan.target}; nothing was written")
+        for name in plan.files:
+            held = [tensor.bytes for tensor in plan.tensors if tensor.file == name]
+            print(f"  {name:40}" + (f" {_plural(len(held), 'tensor'):>12} {_bytes(sum(held)):>9}" if held else ""))
+        print(f"needs {_bytes(plan.needed_bytes)} of the disk, which has {_bytes(plan.free_bytes)} free")
+    return OK if plan.fits else _failed(no_room(plan.target, plan.needed_bytes, plan.free_bytes))
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:

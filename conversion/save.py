@@ -39,6 +39,9 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_OVERHEAD_BYTES = 4096
+"""What a file system and the structure of a file take, at most, for each tensor and each file."""
+
 _TF_SCOPES = {False: "tfopt_for_causal_lm", True: "tfopt_model"}
 
 ReadParameter = Callable[[Parameter], Array]
@@ -164,8 +167,8 @@ def save_checkpoint(
         model_parts: number of metaseq's model-parallel parts; None means one file without a number.
 
     Raises:
-        CheckpointError: if the directory holds other weights, a number is too large for `dtype`, or an argument makes
-            no sense; nothing has been changed then.
+        CheckpointError: if the directory holds other weights, the disk is too small, a number is too large for `dtype`,
+            or an argument makes no sense; nothing has been changed then.
         OSError: if the disk is full or not writable; nothing has been changed then.
     """
     stored = None if dtype is None else parse_dtype(dtype).numpy
@@ -265,6 +268,7 @@ def write_plan(
     if plan.index is not None:
         documents[plan.index] = _index(plan)
     check_target(directory, plan.format, {*plan.files, *documents})
+    check_disk(directory, plan, documents)
     with _staging(directory) as staging:
         for file, shard in zip(plan.files, plan.shards, strict=True):
             _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
@@ -274,6 +278,35 @@ def write_plan(
             _sync(path)
         _sync(staging)
         _publish(staging, directory, plan.key_file)
+
+
+def needed_bytes(plan: Plan, documents: Mapping[str, bytes]) -> int:
+    """Bytes of the disk that writing a plan takes, a little more than the files will have."""
+    tensors = sum(map(len, plan.shards))
+    return plan.total_bytes + sum(map(len, documents.values())) + _OVERHEAD_BYTES * (tensors + len(documents) + 1)
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that are free where a directory would be written."""
+    return shutil.disk_usage(directory.resolve().parent).free
+
+
+def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
+    """Make sure that there is room for a plan, before hours are spent on it.
+
+    Raises:
+        CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
+    """
+    if directory.resolve().parent.is_dir() and (free := free_bytes(directory)) < needed_bytes(plan, documents):
+        raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
+
+
+def no_room(directory: Path, needed: int, free: int) -> str:
+    """The sentence for a disk that is too small."""
+    return (
+        f"{directory} needs {needed:,} bytes, of which the disk has {free:,} free. "
+        f"Make room, choose another target, or a narrower dtype."
+    )
 
 
 def check_target(directory: Path, format_name: str, names: set[str]) -> None:
