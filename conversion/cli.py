@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from conversion.convert import PlannedConversion, convert, plan_conversion
+from conversion.doctor import PROBLEM, Diagnosis, doctor
 from conversion.inspect import Inspection, inspect
 from conversion.save import TARGETS, no_room
 from conversion.verify import FunctionCheck, Verification, verify
@@ -24,7 +25,7 @@ exit codes:
   0  done
   1  failed; one sentence on standard error says why
   2  the command line is wrong
-  3  verify, or convert --verify, found a problem or a difference
+  3  verify, convert --verify or doctor found a problem or a difference
 
 A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
 need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
@@ -41,6 +42,11 @@ examples:
   opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
+""",
+    "doctor": """\
+examples:
+  opt-convert doctor my-model
+  opt-convert doctor facebook/opt-350m --json
 """,
     "inspect": """\
 examples:
@@ -132,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
     _add_common(command)
 
+    command = add("doctor", _run_doctor, "look for what is known to be wrong with checkpoints that are about")
+    _add_common(command)
+
     command = add("inspect", _run_inspect, "say what is in a checkpoint")
     _add_common(command)
 
@@ -217,6 +226,24 @@ def _show_plan(plan: PlannedConversion, arguments: argparse.Namespace) -> int:
             print(f"  {name:40}" + (f" {_plural(len(held), 'tensor'):>12} {_bytes(sum(held)):>9}" if held else ""))
         print(f"needs {_bytes(plan.needed_bytes)} of the disk, which has {_bytes(plan.free_bytes)} free")
     return OK if plan.fits else _failed(no_room(plan.target, plan.needed_bytes, plan.free_bytes))
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    result = doctor(arguments.src, config=arguments.config, **_hub(arguments))
+    if arguments.json:
+        _print_json(result.to_dict())
+    else:
+        _show_diagnosis(result)
+    return OK if result.healthy else DIFFERENT
+
+
+def _show_diagnosis(result: Diagnosis) -> None:
+    print(f"{result.source}: {', '.join(result.formats) or 'no weights that could be read'}")
+    for finding in result.findings:
+        print(f"\n  {finding.severity} {finding.state}: {finding.what}")
+        print(f"    where  {finding.where}\n    do     {finding.remedy}")
+    problems = sum(finding.severity == PROBLEM for finding in result.findings)
+    print("nothing known to be bad was found" if not result.findings else f"\n{_plural(problems, 'problem')}")
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
