@@ -2,7 +2,6 @@
 
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
 from conversion.convert import convert, plan_conversion
-from conversion.doctor import doctor
 from conversion.save import save_checkpoint
 from conversion.verify import verify
 
@@ -10,7 +9,6 @@ __all__ = [
     "Checkpoint",
     "checked_parameters",
     "convert",
-    "doctor",
     "open_checkpoint",
     "plan_conversion",
     "save_checkpoint",

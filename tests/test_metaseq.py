@@ -531,3 +531,29 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "would not load" in capsys.readouterr().out
     assert cli.main(["convert", target, str(tmp_path / "b"), "--to", "metaseq", "--model-parts", "3"]) == 1
     assert "num_attention_heads is 4, which 3 does not divide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parts", "shards"])
+def test_flipped_bytes_never_do_more_than_fail(tmp_path: Path, kind: str):
+    config = CONFIGS["pre-norm"]
+    arrays = weights(config)
+    directory = (
+        save(tmp_path / "a", config, arrays, 2)
+        if kind == "parts"
+        else save_shards(tmp_path / "a", config, arrays, 1, 2, 3)
+    )
+    path = sorted(directory.iterdir())[0]
+    whole = path.read_bytes()
+    pickled = len(whole.partition(b"byteorder")[0])
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        spoiled = bytearray(whole)
+        for position in random.integers(0, pickled, 2):
+            spoiled[position] = random.integers(256)
+        path.write_bytes(spoiled)
+        try:
+            read(directory)
+        except (CheckpointError, ConfigError):
+            refused += 1
+    assert refused > 75

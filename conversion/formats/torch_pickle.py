@@ -11,6 +11,7 @@ import io
 import mmap
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -92,10 +93,12 @@ def load(pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
     machine = _Machine(inert=inert)
     source: Any = io.BytesIO(pickle) if isinstance(pickle, bytes) else pickle
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
-            if count == _MAX_STEPS:
-                raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of odd escapes in texts of protocol 0
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+                if count == _MAX_STEPS:
+                    raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
+                machine.step(opcode.name, argument)
         return machine.result()
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, RecursionError) as error:
         raise RefusedError(f"not a well-formed pickle ({error})") from None
