@@ -46,6 +46,14 @@ class Published:
     reason: str
 
 
+METASEQ_MODULES = {
+    "layer_norm": "model.decoder.final_layer_norm",
+    "project_in_dim": "model.decoder.project_in",
+    "project_out_dim": "model.decoder.project_out",
+    "output_projection": "lm_head",
+}
+"""Modules directly inside metaseq's decoder that are named otherwise there. A tied head may be in its files or not."""
+
 EXCEPTIONS = (
     Published(
         "keras",
@@ -116,6 +124,15 @@ def to_native(parameter: Parameter, scheme: Scheme, *, bare: bool) -> tuple[str,
     return (*module, leaf)
 
 
+def to_metaseq(parameter: Parameter) -> str:
+    """The name of a parameter in metaseq's files."""
+    module, _, leaf = parameter.name.rpartition(".")
+    names = {canonical: metaseq for metaseq, canonical in METASEQ_MODULES.items()}
+    if module in names:
+        return f"{DECODER[1]}.{names[module]}.{leaf}"
+    return parameter.name.removeprefix(f"{DECODER[0]}.")
+
+
 def canonical_names(natives: Iterable[str], scheme: Scheme) -> dict[str, tuple[str, bool]]:
     """Canonical name -> (native name, whether it is transposed), for all tensors of a checkpoint but the drops.
 
@@ -163,6 +180,8 @@ def _with_prefix(module: list[str]) -> tuple[str, ...]:
     """The canonical path of a module that may lack its prefix or a part of it."""
     if tuple(module[:2]) == DECODER or module[0] in _HEAD_MODULES:
         return tuple(module)
+    if module[0] == DECODER[1] and len(module) == 2 and module[1] in METASEQ_MODULES:
+        return tuple(METASEQ_MODULES[module[1]].split("."))
     if module[0] == DECODER[1]:
         return (DECODER[0], *module)
     return (*DECODER, *module) if module[0] in _MODULES_OF_DECODER else tuple(module)

@@ -15,11 +15,12 @@ import numpy as np
 
 from conversion.canonical import EMBEDDING, HEAD, canonical_names
 from conversion.dtypes import BY_NUMPY
-from conversion.formats import hdf5_file, msgpack_file, safetensors_file, torch_file
+from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
+from conversion.metaseq_config import config_of
 from conversion.tensors import Array, Reader, TensorInfo
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
-from opt_common.hub import CONFIG_FILE, find_weights, read_index
+from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index
 from opt_common.params import Parameter, Scheme
 
 READERS: Mapping[str, Callable[[Path], Reader]] = {
@@ -28,7 +29,7 @@ READERS: Mapping[str, Callable[[Path], Reader]] = {
     "tf": hdf5_file.open_reader,
     "flax": msgpack_file.open_reader,
 }
-"""How to open one file of each format of `opt_common.hub.FORMATS`."""
+"""How to open one file of each format of `opt_common.hub.FORMATS`. metaseq's files are opened all at once."""
 
 _FORMAT_OF_SUFFIX = {
     ".safetensors": "safetensors",
@@ -45,22 +46,29 @@ class Checkpoint:
     """An open checkpoint: one file or all shards, under canonical names. Close it, or use it in a `with` statement.
 
     Attributes:
-        config: the configuration beside the weights.
-        format: "safetensors", "torch", "tf" or "flax".
+        config: the configuration of the model.
+        format: "safetensors", "torch", "tf", "flax" or "metaseq".
         files: the weight files.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
     """
 
-    def __init__(self, config: OPTConfig, format_name: str, files: tuple[Path, ...]) -> None:
-        self.config = config
+    def __init__(self, config: OPTConfig | None, format_name: str, files: tuple[Path, ...]) -> None:
+        """Open the files; without a configuration, it is that which metaseq's files say."""
         self.format = format_name
         self.files = files
         self._readers: list[Reader] = []
         self._tensors: dict[str, tuple[Reader, str, bool]] = {}
         try:
-            for path in files:
-                self._add(path)
+            if format_name == METASEQ:
+                reader = metaseq_file.MetaseqReader(files)
+                self._add(files[0], reader)
+                config = config or config_of(reader.tensors, reader.arguments, str(files[0]))
+            else:
+                for path in files:
+                    self._add(path, READERS[format_name](path))
+            assert config is not None
+            self.config: OPTConfig = config
             self._settle_head()
         except BaseException:
             self.close()
@@ -107,8 +115,7 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def _add(self, path: Path) -> None:
-        reader = READERS[self.format](path)
+    def _add(self, path: Path, reader: Reader) -> None:
         self._readers.append(reader)
         for name, (native, transposed) in canonical_names(reader.tensors, reader.scheme).items():
             if name in self._tensors:
@@ -133,28 +140,35 @@ class Checkpoint:
         del self._tensors[HEAD]
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, prefer: str | None = None) -> Checkpoint:
-    """Open a checkpoint of any format, without reading a tensor or importing a framework.
+def open_checkpoint(
+    path: str | os.PathLike[str], *, prefer: str | None = None, config: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Open a checkpoint of any format, without importing a framework.
+
+    No tensor is read, but the copies of small ones that metaseq's model-parallel parts hold: they are compared.
 
     Args:
         path: a directory with `config.json` and weights, or a weight file (or the index of shards) beside its
-            `config.json`.
+            `config.json`. Of metaseq's files one stands for all, and they need no `config.json`.
         prefer: format to take where a directory holds several but no safetensors.
+        config: a configuration file to use in place of the `config.json` beside the weights.
 
     Raises:
         ConfigError: if the configuration is absent or describes no OPT model.
         CheckpointError: if the weights are absent, damaged or hostile.
     """
     path = Path(path)
+    index: Path | None = None
     if path.is_dir():
-        config = OPTConfig.from_json_file(path / CONFIG_FILE)
+        # Before the weights are looked for: whoever names a wrong directory hears that it has no configuration.
+        stated = _stated_config(path, config, optional=holds_metaseq(path))
         format_name, files, index = find_weights(path, prefer=prefer)
     elif path.is_file():
-        config = OPTConfig.from_json_file(path.parent / CONFIG_FILE)
         format_name, files, index = _single(path)
+        stated = _stated_config(path.parent, config, optional=format_name == METASEQ)
     else:
         raise CheckpointError(f"There is no file or directory {str(path)!r}. Check the path.")
-    checkpoint = Checkpoint(config, format_name, files)
+    checkpoint = Checkpoint(stated, format_name, files)
     if index is not None:
         try:
             _check_index(index, checkpoint)
@@ -162,6 +176,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, prefer: str | None = None) 
             checkpoint.close()
             raise
     return checkpoint
+
+
+def _stated_config(directory: Path, config: str | os.PathLike[str] | None, *, optional: bool) -> OPTConfig | None:
+    """The configuration that a user names, or else the one in the directory of the weights."""
+    if config is not None:
+        return OPTConfig.from_json_file(Path(config))
+    beside = directory / CONFIG_FILE
+    return None if optional and not beside.exists() else OPTConfig.from_json_file(beside)
 
 
 def checked_parameters(checkpoint: Checkpoint, table: Iterable[Parameter]) -> None:
@@ -218,7 +240,8 @@ def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
             f"{path} has suffix {weights.suffix!r}, expected one of {', '.join(_FORMAT_OF_SUFFIX)}, or a directory."
         )
     if index is None:
-        return format_name, (path,), None
+        parts = metaseq_file.with_siblings(path) if weights.suffix == ".pt" else None
+        return (format_name, (path,), None) if parts is None else (METASEQ, parts, None)
     shards = tuple(path.parent / name for name in sorted(set(read_index(index).values())))
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(f"{path} names files that are absent: {', '.join(missing)}. Fetch them.")

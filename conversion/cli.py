@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conversion.convert import convert
+from conversion.convert import PlannedConversion, convert, plan_conversion
+from conversion.doctor import PROBLEM, Diagnosis, doctor
 from conversion.inspect import Inspection, inspect
+from conversion.save import TARGETS, no_room
 from conversion.verify import FunctionCheck, Verification, verify
 from opt_common.errors import OPTError
-from opt_common.hub import FORMATS
 
 OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
 """Exit codes; `_EPILOGUE` says them to users."""
@@ -24,9 +25,10 @@ exit codes:
   0  done
   1  failed; one sentence on standard error says why
   2  the command line is wrong
-  3  verify found a problem or a difference
+  3  verify, convert --verify or doctor found a problem or a difference
 
-A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m.
+A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
+need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
 With --json, standard output holds one JSON document and nothing else.
 """
 
@@ -36,6 +38,15 @@ examples:
   opt-convert convert facebook/opt-125m opt-125m-flax --to flax
   opt-convert convert my-model my-model-half --to safetensors --dtype bfloat16
   opt-convert convert my-model my-model-tf --to tf --max-shard-size 2GB
+  opt-convert convert facebook/opt-30b opt-30b-tf --to tf --dry-run
+  opt-convert convert my-model my-model-flax --to flax --verify
+  opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
+  opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
+""",
+    "doctor": """\
+examples:
+  opt-convert doctor my-model
+  opt-convert doctor facebook/opt-350m --json
 """,
     "inspect": """\
 examples:
@@ -111,11 +122,23 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("convert", _run_convert, "write a checkpoint in another format; every bit stays as it is")
     command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
-    command.add_argument("--to", required=True, choices=list(FORMATS), help="format of the new weights")
+    command.add_argument("--to", required=True, choices=TARGETS, help="format of the new weights")
     command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
     command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
+    command.add_argument(
+        "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
+    )
     command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be written and how much of the disk it takes; write nothing",
+    )
+    command.add_argument("--verify", action="store_true", help="compare DST with SRC afterwards, as the command verify")
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    _add_common(command)
+
+    command = add("doctor", _run_doctor, "look for what is known to be wrong with checkpoints that are about")
     _add_common(command)
 
     command = add("inspect", _run_inspect, "say what is in a checkpoint")
@@ -135,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", metavar="PATH", help="configuration of SRC; default: config.json beside its weights"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON document")
     hub = command.add_argument_group("where SRC is a hub id")
     hub.add_argument("--revision", help="branch, tag or commit")
@@ -157,20 +183,25 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
-    result = convert(
-        arguments.src,
-        arguments.dst,
-        arguments.to,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        force=arguments.force,
-        progress=not arguments.quiet,
+    options = {
+        "dtype": arguments.dtype,
+        "max_shard_size": arguments.max_shard_size,
+        "model_parts": arguments.model_parts,
+        "config": arguments.config,
+        "force": arguments.force,
         **_hub(arguments),
-    )
+    }
+    if arguments.dry_run:
+        return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
+    result = convert(arguments.src, arguments.dst, arguments.to, progress=not arguments.quiet, **options)
     for warning in result.warnings:
         _show_warning(warning)
+    verification = None
+    if arguments.verify:
+        verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
     if arguments.json:
-        _print_json(vars(result))
+        document = vars(result)
+        _print_json(document if verification is None else {**document, "verification": verification.to_dict()})
     elif not arguments.quiet:
         print(
             f"{result.source_format} -> {result.target_format}: {result.tensors} tensors, "
@@ -178,11 +209,45 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         )
         for name in result.files:
             print(f"  {name}")
-    return OK
+        if verification is not None:
+            _show_verification(verification)
+    return OK if verification is None or verification.holds else DIFFERENT
+
+
+def _show_plan(plan: PlannedConversion, arguments: argparse.Namespace) -> int:
+    for warning in plan.warnings:
+        _show_warning(warning)
+    if arguments.json:
+        _print_json(plan.to_dict())
+    else:
+        print(f"{plan.source_format} -> {plan.target_format}, would be in {plan.target}; nothing was written")
+        for name in plan.files:
+            held = [tensor.bytes for tensor in plan.tensors if tensor.file == name]
+            print(f"  {name:40}" + (f" {_plural(len(held), 'tensor'):>12} {_bytes(sum(held)):>9}" if held else ""))
+        print(f"needs {_bytes(plan.needed_bytes)} of the disk, which has {_bytes(plan.free_bytes)} free")
+    return OK if plan.fits else _failed(no_room(plan.target, plan.needed_bytes, plan.free_bytes))
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    result = doctor(arguments.src, config=arguments.config, **_hub(arguments))
+    if arguments.json:
+        _print_json(result.to_dict())
+    else:
+        _show_diagnosis(result)
+    return OK if result.healthy else DIFFERENT
+
+
+def _show_diagnosis(result: Diagnosis) -> None:
+    print(f"{result.source}: {', '.join(result.formats) or 'no weights that could be read'}")
+    for finding in result.findings:
+        print(f"\n  {finding.severity} {finding.state}: {finding.what}")
+        print(f"    where  {finding.where}\n    do     {finding.remedy}")
+    problems = sum(finding.severity == PROBLEM for finding in result.findings)
+    print("nothing known to be bad was found" if not result.findings else f"\n{_plural(problems, 'problem')}")
 
 
 def _run_inspect(arguments: argparse.Namespace) -> int:
-    result = inspect(arguments.src, **_hub(arguments))
+    result = inspect(arguments.src, config=arguments.config, **_hub(arguments))
     if arguments.json:
         _print_json(result.to_dict())
     else:
@@ -191,7 +256,9 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    result = verify(arguments.src, arguments.against, function=arguments.function, **_hub(arguments))
+    result = verify(
+        arguments.src, arguments.against, function=arguments.function, config=arguments.config, **_hub(arguments)
+    )
     if arguments.json:
         _print_json(result.to_dict())
     else:

@@ -4,13 +4,21 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
 from conversion.dtypes import parse_dtype
-from conversion.save import DEFAULT_SHARD_SIZE, Plan, check_target, make_plan, write_plan
+from conversion.save import (
+    DEFAULT_SHARD_SIZE,
+    Plan,
+    check_target,
+    free_bytes,
+    make_plan,
+    needed_bytes,
+    write_plan,
+)
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
@@ -47,6 +55,53 @@ class Conversion:
     warnings: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedTensor:
+    """One tensor of a target: its file, the name, dtype and shape there, and its bytes (0 where it shares them)."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedConversion:
+    """What `convert` would do.
+
+    Attributes:
+        source: the weight files that it would read.
+        source_format: their format.
+        target: the directory that it would make.
+        target_format: the format of its weights.
+        files: names of the files that it would write.
+        tensors: every tensor of the target.
+        needed_bytes: bytes of the disk that it takes, a little more than the files will have.
+        free_bytes: bytes that the disk has free.
+        warnings: sentences about what other software could not do with the result.
+    """
+
+    source: tuple[Path, ...]
+    source_format: str
+    target: Path
+    target_format: str
+    files: tuple[str, ...]
+    tensors: tuple[PlannedTensor, ...]
+    needed_bytes: int
+    free_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.needed_bytes <= self.free_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain JSON values, paths apart."""
+        return {"fits": self.fits, **dataclasses.asdict(self)}
+
+
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -54,6 +109,8 @@ def convert(
     *,
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
+    model_parts: int | None = None,
+    config: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: bool = False,
     **hub: Any,
@@ -63,22 +120,116 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf" or "flax".
+        to: "safetensors", "torch", "tf", "flax" or "metaseq".
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
+        model_parts: number of metaseq's model-parallel parts; default one file without a number.
+        config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
         progress: show a bar on standard error, if that is a terminal.
         **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
 
     Raises:
         ConfigError: if the source's configuration is no OPT model's.
-        CheckpointError: if the source is damaged or incomplete, the target is refused, or a number is too large for
-            `dtype`. Nothing is left behind.
+        CheckpointError: if the source is damaged or incomplete, the target is refused, the disk is too small, or a
+            number is too large for `dtype`. Nothing is left behind.
         OSError: if the disk is full or not writable. Nothing is left behind.
     """
-    source, target = locate(src, **hub), Path(dst)
+    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
+        plan, target, checkpoint = prepared.plan, prepared.target, prepared.checkpoint
+
+        def read(parameter: Parameter) -> Any:
+            return checkpoint.read(parameter.name)
+
+        with _bar(plan, show=progress) as advance:
+            write_plan(target, plan, read, prepared.documents, advance)
+        return Conversion(
+            source=checkpoint.files,
+            source_format=checkpoint.format,
+            target=target,
+            target_format=to,
+            files=prepared.files,
+            tensors=len(prepared.table),
+            total_bytes=plan.total_bytes,
+            warnings=tuple(class_limits(checkpoint.config, to)),
+        )
+
+
+def plan_conversion(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    model_parts: int | None = None,
+    config: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    **hub: Any,
+) -> PlannedConversion:
+    """What `convert` would do with the same arguments, and whether the disk has room for it. Nothing is written.
+
+    Raises:
+        ConfigError: as `convert`.
+        CheckpointError: as `convert`, but for what only shows when tensors are read, and for a disk that is too small.
+    """
+    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
+        plan = prepared.plan
+        return PlannedConversion(
+            source=prepared.checkpoint.files,
+            source_format=prepared.checkpoint.format,
+            target=prepared.target,
+            target_format=to,
+            files=prepared.files,
+            tensors=tuple(
+                PlannedTensor(
+                    file=file,
+                    name=tensor.spec.name,
+                    dtype=tensor.spec.info.dtype.name,
+                    shape=tensor.spec.info.shape,
+                    bytes=0 if tensor.spec.shares is not None else tensor.stored_bytes,
+                )
+                for file, shard in zip(plan.files, plan.shards, strict=True)
+                for tensor in shard
+            ),
+            needed_bytes=needed_bytes(plan, prepared.documents),
+            free_bytes=free_bytes(prepared.target),
+            warnings=tuple(class_limits(prepared.checkpoint.config, to)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A conversion of which everything is decided and nothing is done."""
+
+    checkpoint: Checkpoint
+    target: Path
+    table: tuple[Parameter, ...]
+    plan: Plan
+    documents: Mapping[str, bytes]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all files that will be written."""
+        return (*self.plan.files, *((self.plan.index,) if self.plan.index else ()), *self.documents)
+
+
+@contextlib.contextmanager
+def _prepared(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    dtype: str | None,
+    max_shard_size: int | str | None,
+    model_parts: int | None,
+    config: str | os.PathLike[str] | None,
+    force: bool,
+    hub: Mapping[str, Any],
+) -> Generator[_Prepared]:
+    """Open and check the source, plan and check the target; the arguments are those of `convert`."""
+    source, target = locate(src, config=config, **hub), Path(dst)
     _check_places(source, target, force=force)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, config=config) as checkpoint:
         bare = is_bare(checkpoint)
         table = parameter_table(checkpoint.config, head=None if bare else "lm")
         checked_parameters(checkpoint, table)
@@ -90,39 +241,27 @@ def convert(
             format_name=to,
             max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
             bare=bare,
+            model_parts=model_parts,
         )
         documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
-        check_target(target, to, {*plan.files, *documents})
-
-        def read(parameter: Parameter) -> Any:
-            return checkpoint.read(parameter.name)
-
-        with _bar(plan, show=progress) as advance:
-            write_plan(target, plan, read, documents, advance)
-        return Conversion(
-            source=checkpoint.files,
-            source_format=checkpoint.format,
-            target=target,
-            target_format=to,
-            files=(*plan.files, *documents),
-            tensors=len(table),
-            total_bytes=plan.total_bytes,
-            warnings=tuple(class_limits(checkpoint.config, to)),
-        )
+        prepared = _Prepared(checkpoint=checkpoint, target=target, table=table, plan=plan, documents=documents)
+        check_target(target, to, set(prepared.files))
+        yield prepared
 
 
-def locate(src: str | os.PathLike[str], **hub: Any) -> Path:
+def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
     """The local file or directory of a checkpoint, fetched from the hub if need be.
 
     Args:
         src: a directory, a weight file, or a hub id.
+        config: a configuration file in place of the one in the directory, which then needs none.
         **hub: arguments of `opt_common.hub.resolve`.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
     """
     path = Path(src)
-    return path if path.is_file() else resolve(src, **hub)
+    return path if path.is_file() or (config is not None and path.is_dir()) else resolve(src, **hub)
 
 
 def is_bare(checkpoint: Checkpoint) -> bool:

@@ -61,18 +61,19 @@ class Inspection:
         return [(pattern, members[0], len(members)) for (pattern, _, _), members in groups.items()]
 
 
-def inspect(src: str | os.PathLike[str], **hub: Any) -> Inspection:
+def inspect(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None = None, **hub: Any) -> Inspection:
     """Describe a checkpoint.
 
     Args:
         src: a directory, a weight file, or a hub id.
+        config: a configuration file to use in place of the one beside the weights.
         **hub: arguments of `opt_common.hub.resolve`.
 
     Raises:
         ConfigError: if the configuration can't be read.
         CheckpointError: if a file can't be read. Tensors that do not fit the configuration are told in the result.
     """
-    with open_checkpoint(locate(src, **hub)) as checkpoint:
+    with open_checkpoint(locate(src, config=config, **hub), config=config) as checkpoint:
         infos = {name: checkpoint.info(name) for name in checkpoint.names}
         problem = None
         try:

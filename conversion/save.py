@@ -13,16 +13,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from conversion.canonical import EMBEDDING, HEAD, to_native
+from conversion.canonical import EMBEDDING, HEAD, to_metaseq, to_native
 from conversion.dtypes import BY_NUMPY, dtype_name, parse_dtype
-from conversion.formats import hdf5_file, msgpack_file, safetensors_file, torch_file
+from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
+from conversion.metaseq_config import arguments_of
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
-from opt_common.errors import CheckpointError
-from opt_common.hub import CONFIG_FILE, FORMATS, GENERATION_CONFIG_FILE
+from opt_common.errors import CheckpointError, join_problems
+from opt_common.hub import CONFIG_FILE, FORMATS, GENERATION_CONFIG_FILE, METASEQ, MetaseqName
 from opt_common.params import Parameter, Scheme
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+TARGETS = (*FORMATS, METASEQ)
+"""Every format that can be written."""
 
 _UNITS = {
     "": 1,
@@ -35,6 +39,9 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_OVERHEAD_BYTES = 4096
+"""What a file system and the structure of a file take, at most, for each tensor and each file."""
+
 _TF_SCOPES = {False: "tfopt_for_causal_lm", True: "tfopt_model"}
 
 ReadParameter = Callable[[Parameter], Array]
@@ -64,19 +71,31 @@ _SEPARATORS = {"safetensors": ".", "torch": ".", "tf": "/", "flax": "/"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One parameter of a plan.
+    """One tensor of a plan.
 
     Attributes:
-        parameter: its row of the parameter table.
+        parameters: the rows of the parameter table that it is made of: one, or the three of a fused projection.
         spec: what the writer is told.
         transposed: whether the native array is the transpose of the canonical one.
         stored_bytes: what it takes in the file.
+        window: the part of each parameter that it is made of.
     """
 
-    parameter: Parameter
+    parameters: tuple[Parameter, ...]
     spec: TensorSpec
     transposed: bool
     stored_bytes: int
+    window: tuple[slice, ...] = (slice(None),)
+
+    def build(self, read: ReadParameter) -> Array:
+        """The native array."""
+        arrays: list[Array] = []
+        for parameter in self.parameters:
+            array = read(parameter)
+            assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
+            arrays.append(array[self.window])
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return whole.T if self.transposed else whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +104,11 @@ class Plan:
 
     Attributes:
         config: the configuration as it will be written.
-        format: a key of `opt_common.hub.FORMATS`.
+        format: one of `TARGETS`.
         bare: whether it is a decoder without a head.
         shards: the tensors of each weight file.
         files: names of the weight files.
+        arguments: metaseq's options of the model; nothing for the other formats.
     """
 
     config: OPTConfig
@@ -96,6 +116,17 @@ class Plan:
     bare: bool
     shards: tuple[tuple[Tensor, ...], ...]
     files: tuple[str, ...]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    @property
+    def index(self) -> str | None:
+        """Name of the index of the weight files, where there is one."""
+        return FORMATS[self.format].index if self.format in FORMATS and len(self.files) > 1 else None
+
+    @property
+    def key_file(self) -> str:
+        """The file without which none of the others is taken for a checkpoint."""
+        return self.index or self.files[0]
 
     @property
     def total_bytes(self) -> int:
@@ -114,8 +145,9 @@ def save_checkpoint(
     max_shard_size: int | str | None = None,
     generation_config: Mapping[str, Any] | None = None,
     bare: bool = False,
+    model_parts: int | None = None,
 ) -> None:
-    """Write a checkpoint that Hugging Face's classes of the format load.
+    """Write a checkpoint that Hugging Face's classes of the format load, or one of metaseq.
 
     A directory that does not exist appears whole or not at all. In one that exists, files of the same names are
     replaced; nothing else in it is touched, and while they are replaced it holds no weights that load.
@@ -124,24 +156,27 @@ def save_checkpoint(
         directory: where to; made, with its parents, if it does not exist.
         config: the model's configuration.
         table: the parameters to write, from `parameter_table(config, head=…)`.
-        read: gives each parameter; called once for each, in the order of the table.
-        format: "safetensors", "torch", "tf" or "flax".
+        read: gives each parameter; called once for each file that has some of it.
+        format: "safetensors", "torch", "tf", "flax" or "metaseq".
         dtype: floating-point type of the file; None keeps that of each array, which is asked for once more than
             `read` is otherwise called.
         max_shard_size: longest weight file, as bytes or as "5GB", "500MB", "1GiB"; default `DEFAULT_SHARD_SIZE`.
         generation_config: contents of `generation_config.json`, or None for no such file.
         bare: write the names and the class of a decoder without a head. A table without the head of an untied
             configuration always is one.
+        model_parts: number of metaseq's model-parallel parts; None means one file without a number.
 
     Raises:
-        CheckpointError: if the directory holds other weights, a number is too large for `dtype`, or an argument makes
-            no sense; nothing has been changed then.
+        CheckpointError: if the directory holds other weights, the disk is too small, a number is too large for `dtype`,
+            or an argument makes no sense; nothing has been changed then.
         OSError: if the disk is full or not writable; nothing has been changed then.
     """
     stored = None if dtype is None else parse_dtype(dtype).numpy
     dtypes = {parameter.name: stored or read(parameter).dtype for parameter in table}
     limit = max_shard_size if max_shard_size is not None else DEFAULT_SHARD_SIZE
-    plan = make_plan(config, table, dtypes, format_name=format, max_shard_size=limit, bare=bare)
+    plan = make_plan(
+        config, table, dtypes, format_name=format, max_shard_size=limit, bare=bare, model_parts=model_parts
+    )
     documents = {CONFIG_FILE: plan.config.to_json().encode()}
     if generation_config is not None:
         documents[GENERATION_CONFIG_FILE] = _json(generation_config)
@@ -156,6 +191,7 @@ def make_plan(
     format_name: str,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     bare: bool = False,
+    model_parts: int | None = None,
 ) -> Plan:
     """Decide names, layouts and files of a checkpoint.
 
@@ -163,18 +199,25 @@ def make_plan(
         config: the model's configuration.
         table: the parameters, from `parameter_table(config, head=…)`.
         dtypes: floating-point type of each parameter in the file, by canonical name.
-        format_name: a key of `opt_common.hub.FORMATS`.
+        format_name: one of `TARGETS`.
         max_shard_size: longest weight file.
         bare: as for `save_checkpoint`.
+        model_parts: as for `save_checkpoint`.
 
     Raises:
-        CheckpointError: for an unknown format, dtype or size.
+        CheckpointError: for an unknown format, dtype or size, and for parts that the model can't be split into.
     """
-    if format_name not in _MODULES:
-        raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join(_MODULES)}.")
+    if format_name not in TARGETS:
+        raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join(TARGETS)}.")
+    if model_parts is not None and format_name != METASEQ:
+        raise CheckpointError(f"Only metaseq has model parts; {format_name} is split by max_shard_size.")
     has_head = any(parameter.name == HEAD for parameter in table)
     bare = bare or not (has_head or config.tie_word_embeddings)
     limit = parse_size(max_shard_size)
+    if format_name == METASEQ:
+        if limit != parse_size(DEFAULT_SHARD_SIZE):
+            raise CheckpointError("metaseq has no shards of a size; leave max_shard_size and use model_parts.")
+        return _metaseq_plan(config, table, dtypes, bare=bare, model_parts=model_parts)
     tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=bare) for parameter in table]
     shards = _fill_shards(tensors, limit)
     if format_name == "torch" and config.tie_word_embeddings and not bare:
@@ -216,24 +259,54 @@ def write_plan(
     Args:
         directory: where to.
         plan: what to write.
-        read: gives each parameter; called once for each, in the order of the plan.
+        read: gives each parameter; called as for `save_checkpoint`, in the order of the plan.
         documents: further files by name.
         progress: called with the bytes of each tensor that has been written.
     """
     directory = directory.resolve()  # a link to a directory on another disk needs its staging there
     documents = dict(documents)
-    if len(plan.files) > 1:
-        documents[FORMATS[plan.format].index] = _index(plan)
+    if plan.index is not None:
+        documents[plan.index] = _index(plan)
     check_target(directory, plan.format, {*plan.files, *documents})
+    check_disk(directory, plan, documents)
     with _staging(directory) as staging:
         for file, shard in zip(plan.files, plan.shards, strict=True):
-            _write_shard(staging / file, plan.format, shard, read, progress or (lambda _: None))
+            _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
         for name, content in documents.items():
             (staging / name).write_bytes(content)
         for path in staging.iterdir():
             _sync(path)
         _sync(staging)
-        _publish(staging, directory, plan.format)
+        _publish(staging, directory, plan.key_file)
+
+
+def needed_bytes(plan: Plan, documents: Mapping[str, bytes]) -> int:
+    """Bytes of the disk that writing a plan takes, a little more than the files will have."""
+    tensors = sum(map(len, plan.shards))
+    return plan.total_bytes + sum(map(len, documents.values())) + _OVERHEAD_BYTES * (tensors + len(documents) + 1)
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that are free where a directory would be written."""
+    return shutil.disk_usage(directory.resolve().parent).free
+
+
+def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
+    """Make sure that there is room for a plan, before hours are spent on it.
+
+    Raises:
+        CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
+    """
+    if directory.resolve().parent.is_dir() and (free := free_bytes(directory)) < needed_bytes(plan, documents):
+        raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
+
+
+def no_room(directory: Path, needed: int, free: int) -> str:
+    """The sentence for a disk that is too small."""
+    return (
+        f"{directory} needs {needed:,} bytes, of which the disk has {free:,} free. "
+        f"Make room, choose another target, or a narrower dtype."
+    )
 
 
 def check_target(directory: Path, format_name: str, names: set[str]) -> None:
@@ -248,12 +321,7 @@ def check_target(directory: Path, format_name: str, names: set[str]) -> None:
         return
     if not directory.is_dir():
         raise CheckpointError(f"{directory} exists and is no directory. Choose another target.")
-    others = sorted(
-        path.name
-        for path in directory.iterdir()
-        for files in FORMATS.values()
-        if path.name not in names and (path.name in (files.single, files.index) or files.is_shard(path.name))
-    )
+    others = sorted(path.name for path in directory.iterdir() if path.name not in names and _is_weights(path.name))
     if others:
         raise CheckpointError(
             f"{directory} holds other weights, {', '.join(others[:5])}{' …' if len(others) > 5 else ''}; beside "
@@ -261,22 +329,33 @@ def check_target(directory: Path, format_name: str, names: set[str]) -> None:
         )
 
 
+def _is_weights(name: str) -> bool:
+    """Whether a file of this name is part of a checkpoint."""
+    return MetaseqName.parse(name) is not None or any(
+        name in (files.single, files.index) or files.is_shard(name) for files in FORMATS.values()
+    )
+
+
 # Planning
 
 
 def _tensor(parameter: Parameter, dtype: np.dtype[Any], format_name: str, *, bare: bool) -> Tensor:
     module = _MODULES[format_name]
-    if dtype not in BY_NUMPY or not BY_NUMPY[dtype].floating:
-        raise CheckpointError(f"{parameter.name} has dtype {dtype_name(dtype)}, expected a floating-point type.")
+    _check_floating(parameter, dtype)
     transposed = parameter.transposed(module.SCHEME)
     info = TensorInfo(dtype, parameter.shape[::-1] if transposed else parameter.shape)
     name = _SEPARATORS[format_name].join(_segments(to_native(parameter, module.SCHEME, bare=bare), module.SCHEME))
     return Tensor(
-        parameter=parameter,
+        parameters=(parameter,),
         spec=TensorSpec(name=name, info=info),
         transposed=transposed,
         stored_bytes=module.stored_bytes(info),
     )
+
+
+def _check_floating(parameter: Parameter, dtype: np.dtype[Any]) -> None:
+    if dtype not in BY_NUMPY or not BY_NUMPY[dtype].floating:
+        raise CheckpointError(f"{parameter.name} has dtype {dtype_name(dtype)}, expected a floating-point type.")
 
 
 def _segments(path: tuple[str, ...], scheme: Scheme) -> tuple[str, ...]:
@@ -317,10 +396,89 @@ def _with_tied_head(shards: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     for shard in shards:
         result.append(list(shard))
         for tensor in shard:
-            if tensor.parameter.name == EMBEDDING:
+            if tensor.parameters[0].name == EMBEDDING:
                 spec = TensorSpec(name=HEAD, info=tensor.spec.info, shares=tensor.spec.name)
                 result[-1].append(dataclasses.replace(tensor, spec=spec))
     return result
+
+
+def _metaseq_plan(
+    config: OPTConfig,
+    table: Sequence[Parameter],
+    dtypes: Mapping[str, np.dtype[Any]],
+    *,
+    bare: bool,
+    model_parts: int | None,
+) -> Plan:
+    """The plan of a metaseq checkpoint: projections fused, each part with its share."""
+    _check_parts(config, model_parts)
+    groups: dict[str, list[Parameter]] = {}
+    for parameter in table:
+        _check_floating(parameter, dtypes[parameter.name])
+        groups.setdefault(_fused_name(parameter), []).append(parameter)
+    if mixed := [name for name, group in groups.items() if len({dtypes[parameter.name] for parameter in group}) > 1]:
+        raise CheckpointError(
+            f"metaseq keeps K, V and Q in one tensor, but they have several dtypes here: {', '.join(mixed[:5])}"
+            f"{f' and {len(mixed) - 5} more' if len(mixed) > 5 else ''}. Choose one with dtype."
+        )
+    count = model_parts or 1
+    return Plan(
+        config=_stored_config(config, set(dtypes.values()), bare=bare),
+        format=METASEQ,
+        bare=bare,
+        shards=tuple(
+            tuple(_share(name, group, dtypes[group[0].name], part, count) for name, group in groups.items())
+            for part in range(count)
+        ),
+        files=metaseq_file.file_names(model_parts),
+        arguments=arguments_of(config, model_parts),
+    )
+
+
+def _check_parts(config: OPTConfig, model_parts: int | None) -> None:
+    if model_parts is None:
+        return
+    if model_parts < 1:
+        raise CheckpointError(f"model_parts is {model_parts}, expected 1 or more.")
+    lengths = {
+        "num_attention_heads": config.num_attention_heads,
+        "ffn_dim": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+    }
+    problems = [
+        f"{name} is {length}, which {model_parts} does not divide; each part has the same share of it."
+        for name, length in lengths.items()
+        if length % model_parts
+    ]
+    if problems:
+        raise CheckpointError(f"The model can't be split into {model_parts} parts. {join_problems(problems)}")
+
+
+def _fused_name(parameter: Parameter) -> str:
+    """The name in metaseq's files of the tensor that a parameter goes into."""
+    *path, module, leaf = to_metaseq(parameter).split(".")
+    return ".".join((*path, metaseq_file.FUSED if module in metaseq_file.FUSED_ORDER else module, leaf))
+
+
+def _share(name: str, group: Sequence[Parameter], dtype: np.dtype[Any], part: int, count: int) -> Tensor:
+    """One part's share of a parameter, or of the three that are fused in the order of their rows."""
+    order = metaseq_file.FUSED_ORDER
+    parameters = group if len(group) == 1 else sorted(group, key=lambda row: order.index(row.name.split(".")[-2]))
+    shape = list(parameters[0].shape)
+    window = [slice(None)] * len(shape)
+    axis = metaseq_file.split_axis(name)
+    if axis is not None:
+        shape[axis] //= count
+        window[axis] = slice(part * shape[axis], (part + 1) * shape[axis])
+    shape[0] *= len(parameters)
+    info = TensorInfo(dtype, tuple(shape))
+    return Tensor(
+        parameters=tuple(parameters),
+        spec=TensorSpec(name=name, info=info),
+        transposed=False,
+        stored_bytes=metaseq_file.stored_bytes(info),
+        window=tuple(window),
+    )
 
 
 def _stored_config(config: OPTConfig, dtypes: set[np.dtype[Any]], *, bare: bool) -> OPTConfig:
@@ -347,18 +505,20 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _write_shard(
-    path: Path, format_name: str, shard: Sequence[Tensor], read: ReadParameter, progress: Callable[[int], None]
+    path: Path, plan: Plan, shard: Sequence[Tensor], read: ReadParameter, progress: Callable[[int], None]
 ) -> None:
     tensors = {tensor.spec.name: tensor for tensor in shard}
 
     def read_native(name: str) -> Array:
-        tensor = tensors[name]
-        array = read(tensor.parameter)
-        assert array.shape == tensor.parameter.shape, (name, array.shape, tensor.parameter.shape)
-        progress(tensor.stored_bytes)
-        return array.T if tensor.transposed else array
+        array = tensors[name].build(read)
+        progress(tensors[name].stored_bytes)
+        return array
 
-    _MODULES[format_name].write(path, [tensor.spec for tensor in shard], read_native)
+    specs = [tensor.spec for tensor in shard]
+    if plan.format == METASEQ:
+        metaseq_file.write(path, specs, read_native, plan.arguments)
+    else:
+        _MODULES[plan.format].write(path, specs, read_native)
 
 
 @contextlib.contextmanager
@@ -372,7 +532,7 @@ def _staging(directory: Path) -> Generator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _publish(staging: Path, directory: Path, format_name: str) -> None:
+def _publish(staging: Path, directory: Path, last: str) -> None:
     """Move a whole checkpoint to its place."""
     if not directory.exists():
         staging.rename(directory)
@@ -380,9 +540,7 @@ def _publish(staging: Path, directory: Path, format_name: str) -> None:
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    files = FORMATS[format_name]
     new = sorted(path.name for path in staging.iterdir())
-    last = files.index if files.index in new else files.single
     (directory / last).unlink(missing_ok=True)
     _sync(directory)
     for name in [*(name for name in new if name != last), last]:

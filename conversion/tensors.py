@@ -123,7 +123,10 @@ def view(buffer: mmap.mmap, offset: int, info: TensorInfo) -> Array:
         return np.empty(info.shape, info.dtype)
     array = np.frombuffer(buffer, info.dtype, info.size, offset).reshape(info.shape)
     # Formats with a header of any length can put numbers at odd addresses, which frameworks do not take.
-    return array if array.flags.aligned else array.copy()
+    if not array.flags.aligned:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
 
 
 def is_shape(value: object) -> bool:

@@ -103,6 +103,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     *,
     function: bool | None = None,
+    config: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> Verification:
     """Check a checkpoint, and compare it with another one of any format.
@@ -112,13 +113,14 @@ def verify(
         against: another one, or None.
         function: whether to compute both models in the NumPy reference; None means if they are small enough
             (`LARGEST_FUNCTION`) and there is something to compare with.
+        config: a configuration file to use in place of the one beside the weights of `src`.
         **hub: arguments of `opt_common.hub.resolve`, for both.
 
     Raises:
         ConfigError: if a configuration can't be read.
         CheckpointError: if a file can't be read. What can be read but is wrong is a problem of the result.
     """
-    with open_checkpoint(locate(src, **hub)) as ours:
+    with open_checkpoint(locate(src, config=config, **hub), config=config) as ours:
         table = _table(ours)
         problems = [*_structure(ours, table)]
         checks: list[TensorCheck] = []

@@ -7,6 +7,7 @@ weights. Both follow one rule, wherever the files come from:
    The first format of which a weight file is there is the one; exactly one format is ever fetched.
 2. Inside a format the single file wins over shards, as in Hugging Face's loaders. (opt-13b holds both for Flax.)
 3. Shards count only with their index, and with every file that the index names.
+4. Where a directory has none of these formats, metaseq's files are looked for (`metaseq_files`); the hub never is.
 
 Importing this module loads no network client; naming a directory never touches the network.
 """
@@ -16,9 +17,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from opt_common.errors import CheckpointError
 
@@ -86,6 +87,64 @@ FORMATS: Mapping[str, WeightFiles] = {
 }
 """File names by format, in the order in which formats are tried."""
 
+METASEQ = "metaseq"
+"""Name of the format of the project that OPT was trained with. It is no format of the hub: it has no index."""
+
+_METASEQ_NAME = re.compile(
+    r"(?P<stem>\w[\w.-]*?)(?:-model_part-(?P<part>\d{1,4}))?(?:-shard(?P<shard>\d{1,4}))?\.pt", re.ASCII
+)
+_METASEQ_SINGLES = ("restored", "reshard", "consolidated")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaseqName:
+    """What the name of a metaseq file says: "reshard-model_part-1.pt", "checkpoint_last-model_part-0-shard3.pt".
+
+    Attributes:
+        stem: what the files of one checkpoint have in common.
+        part: number of the model-parallel part, counted from 0; None where there is but one.
+        shard: number of the shard of that part, counted from 0; None for a part that is whole.
+    """
+
+    stem: str
+    part: int | None
+    shard: int | None
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        """The meaning of a file name, or None for one that metaseq does not give."""
+        match = _METASEQ_NAME.fullmatch(name)
+        if match is None:
+            return None
+        part, shard = (None if match[key] is None else int(match[key]) for key in ("part", "shard"))
+        if part is None and shard is None and not match["stem"].startswith(_METASEQ_SINGLES):
+            return None
+        return cls(stem=match["stem"], part=part, shard=shard)
+
+
+def metaseq_files(names: Iterable[str], where: str) -> tuple[str, ...]:
+    """The files of the one metaseq checkpoint among some file names, in the order of parts and shards; none at all.
+
+    Raises:
+        CheckpointError: if there is more than one.
+    """
+    checkpoints: dict[str, list[tuple[int, int, str]]] = {}
+    for name in names:
+        if (found := MetaseqName.parse(name)) is not None:
+            checkpoints.setdefault(found.stem, []).append((found.part or 0, found.shard or 0, name))
+    if len(checkpoints) > 1:
+        some = {min(files)[2] for files in checkpoints.values()}
+        raise CheckpointError(
+            f"{where} holds {len(some)} metaseq checkpoints: {_listed(some)}. Name one of these files."
+        )
+    return tuple(name for files in checkpoints.values() for *_, name in sorted(files))
+
+
+def holds_metaseq(directory: Path) -> bool:
+    """Whether the weights of a local directory are metaseq's."""
+    names = _file_names(directory)
+    return _choose(names, None) is None and any(MetaseqName.parse(name) for name in names)
+
 
 def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tuple[Path, ...], Path | None]:
     """The weight files of a local directory, by the rule at the top of this module.
@@ -95,14 +154,18 @@ def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tu
         prefer: format to try right after safetensors, a key of `FORMATS`.
 
     Returns:
-        The format, its file or its shards in the order of their names, and the shards' index (None for a single file).
+        The format, its file or its shards in the order of their names, and the shards' index (None for a single file,
+        and for `METASEQ`, which has none).
 
     Raises:
         CheckpointError: if there are no weights, an index is absent, damaged, hostile or names missing shards, or a
             file is only the pointer that Git LFS leaves in place of a large file.
     """
-    names = {path.name for path in directory.iterdir() if path.is_file()}
-    format_name, files, index = _select(names, prefer, str(directory), directory.joinpath)
+    names = _file_names(directory)
+    if _choose(names, prefer) is None and (parts := metaseq_files(names, str(directory))):
+        format_name, files, index = METASEQ, parts, None
+    else:
+        format_name, files, index = _select(names, prefer, str(directory), directory.joinpath)
     paths = tuple(directory / name for name in files)
     for path in paths:
         _refuse_lfs_pointer(path)
@@ -200,13 +263,18 @@ def resolve(
 def _checked(directory: Path, prefer: str | None, *, weights: bool) -> Path:
     """`directory`, if it holds a checkpoint; any directory will do where no weights are wanted."""
     if weights:
-        if not (directory / CONFIG_FILE).is_file():
+        # metaseq's files say themselves what they hold.
+        if not (directory / CONFIG_FILE).is_file() and not holds_metaseq(directory):
             raise CheckpointError(f"No {CONFIG_FILE} in {directory}. Name a directory that holds an OPT checkpoint.")
         find_weights(directory, prefer=prefer)
     return directory
 
 
 # The rule
+
+
+def _file_names(directory: Path) -> frozenset[str]:
+    return frozenset(path.name for path in directory.iterdir() if path.is_file())
 
 
 def _order(prefer: str | None) -> Iterator[str]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from conversion import cli, open_checkpoint
+from conversion import cli, convert, open_checkpoint, plan_conversion, save
 from conversion.formats import safetensors_file
 from tests.paths import GOLDENS
 
+convert_module = sys.modules["conversion.convert"]  # its name is that of the function in it
 MODEL = str(GOLDENS / "pre_ln/torch_bin")
 
 
@@ -152,3 +153,72 @@ def test_force_replaces_and_the_program_runs_by_itself(tmp_path: Path):
         assert result.returncode == code, result.stderr
     with open_checkpoint(tmp_path / "new") as checkpoint:
         assert checkpoint.format == "safetensors"
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["convert", MODEL, str(tmp_path / "new"), "--to", "flax", "--max-shard-size", "100KB", "--dry-run"]
+    code, out, err = run(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert "nothing was written" in out
+    assert not (tmp_path / "new").exists()
+    code, out, _ = run(capsys, *arguments, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["fits"]
+    assert len(plan["tensors"]) == 52
+    assert {tensor["dtype"] for tensor in plan["tensors"]} == {"float32"}
+    assert run(capsys, *arguments[:-1])[0] == 0
+    written = {path.name: path.stat().st_size for path in (tmp_path / "new").iterdir()}
+    assert set(plan["files"]) == set(written)
+    assert sum(written.values()) <= plan["needed_bytes"] <= sum(written.values()) + 300_000
+    for name in ("flax_model-00001-of-00003.msgpack", "flax_model-00003-of-00003.msgpack"):
+        planned = sum(tensor["bytes"] for tensor in plan["tensors"] if tensor["file"] == name)
+        assert planned <= written[name] < planned + 4096
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch", "tf", "flax", "metaseq"])
+def test_the_plan_is_never_less_than_the_files(tmp_path: Path, to: str):
+    planned = plan_conversion(MODEL, tmp_path / "new", to).needed_bytes
+    convert(MODEL, tmp_path / "new", to)
+    assert sum(path.stat().st_size for path in (tmp_path / "new").iterdir()) <= planned
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(save, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(convert_module, "free_bytes", lambda _: 100_000)
+    for extra in ([], ["--dry-run"]):
+        code, out, err = run(capsys, "convert", MODEL, str(tmp_path / "new"), "--to", "torch", *extra)
+        assert code == 1
+        assert "of which the disk has 100,000 free. Make room" in err
+        assert ("needs" in out) == bool(extra)
+        assert not list(tmp_path.iterdir())
+
+
+def test_convert_verifies_what_it_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    code, out, _ = run(capsys, "convert", MODEL, str(tmp_path / "a"), "--to", "tf", "--verify")
+    assert code == 0
+    assert "52 the same bits" in out
+    assert out.endswith("holds\n")
+    half = ["--dtype", "float16", "--json"]
+    code, out, _ = run(capsys, "convert", MODEL, str(tmp_path / "b"), "--to", "tf", "--verify", *half)
+    assert code == 0
+    assert json.loads(out)["verification"]["checks"][0]["verdict"] == "rounded"
+    write = safetensors_file.write
+
+    def spoilt(path: Path, tensors: Any, read: Any) -> None:
+        write(path, tensors, lambda name: read(name) * (0 if "fc1.bias" in name else 1))
+
+    monkeypatch.setattr(safetensors_file, "write", spoilt)
+    code, out, _ = run(capsys, "convert", MODEL, str(tmp_path / "c"), "--to", "safetensors", "--verify")
+    assert code == 3
+    assert out.endswith("DOES NOT HOLD\n")
+
+
+def test_sharded_weights_can_be_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["convert", MODEL, str(tmp_path / "new"), "--to", "torch", "--max-shard-size", "100KB"]
+    assert run(capsys, *arguments)[0] == 0
+    assert run(capsys, *arguments, "--force")[0] == 0

@@ -7,7 +7,7 @@ storages. Written is the zip archive, such that `torch.load` accepts it with `we
 import dataclasses
 import mmap
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,29 +34,38 @@ _ZIP64_EXTRA_BYTES = 20
 _ZIP64_FROM = 1 << 30
 
 
-class TorchReader:
-    """An open PyTorch file that holds a state dict."""
+class TorchFile:
+    """An open PyTorch file: the pickled object, and its tensors on demand.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        path: the file.
+        content: the object, with a `StoredTensor` for each tensor.
+    """
+
+    def __init__(self, path: Path, *, inert: bool = False) -> None:
+        """Open a file; `inert` is that of `torch_pickle.load`."""
+        self.path = path
         self._buffer = map_file(path)
         is_zip = self._buffer[: len(_ZIP_MAGIC)] == _ZIP_MAGIC
-        state, self._offsets = (_read_zip if is_zip else _read_old)(path, self._buffer)
-        self._stored = _state_dict(path, state)
-        self.scheme: Scheme = SCHEME
-        self.tensors: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self._stored.items()}
-        for tensor in self._stored.values():
-            self._check_storage(path, tensor.storage)
+        read = _read_zip if is_zip else _read_old
+        self.content, self._offsets = read(path, self._buffer, inert=inert)
 
-    def _check_storage(self, path: Path, storage: Storage) -> None:
+    def check(self, tensor: StoredTensor) -> None:
+        """Make sure that the file holds the whole storage of a tensor.
+
+        Raises:
+            CheckpointError: if it does not.
+        """
+        storage = tensor.storage
         if storage.key not in self._offsets:
-            raise damaged(path, f"it has no record of storage {storage.key!r}")
+            raise damaged(self.path, f"it has no record of storage {storage.key!r}")
         size = storage.size * storage.dtype.numpy.itemsize
         _, stored = self._offsets[storage.key]
         if size != stored:
-            raise damaged(path, f"storage {storage.key!r} should take {size} bytes, its record has {stored}")
+            raise damaged(self.path, f"storage {storage.key!r} should take {size} bytes, its record has {stored}")
 
-    def read(self, name: str) -> Array:
-        tensor = self._stored[name]
+    def read(self, tensor: StoredTensor) -> Array:
+        """The array of a tensor that was checked: read-only, a view of the mapped file where possible."""
         storage = tensor.storage
         start, _ = self._offsets[storage.key]
         flat = view(self._buffer, start, TensorInfo(storage.dtype.numpy, (storage.size,)))
@@ -65,8 +74,26 @@ class TorchReader:
         return cast("Array", array)
 
     def close(self) -> None:
-        # The map itself goes when the last array that looks into it does.
+        """Let go of the file. The map itself goes when the last array that looks into it does."""
         del self._buffer
+
+
+class TorchReader:
+    """An open PyTorch file that holds a state dict."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = TorchFile(path)
+        self._stored = _state_dict(path, self._file.content)
+        self.scheme: Scheme = SCHEME
+        self.tensors: Mapping[str, TensorInfo] = {name: tensor.info for name, tensor in self._stored.items()}
+        for tensor in self._stored.values():
+            self._file.check(tensor)
+
+    def read(self, name: str) -> Array:
+        return self._file.read(self._stored[name])
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def open_reader(path: Path) -> TorchReader:
@@ -83,13 +110,19 @@ def stored_bytes(info: TensorInfo) -> int:
     return info.nbytes
 
 
-def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
+def write(
+    path: Path,
+    tensors: Sequence[TensorSpec],
+    read: ReadNative,
+    around: Callable[[dict[str, Any]], Any] = lambda state: state,
+) -> None:
     """Write a state dict as a zip archive, one tensor at a time; the same tensors give the same bytes.
 
     Args:
         path: the new file; the archive's folder is named after it, as `torch.save` does.
         tensors: what to write; one that `shares` the bytes of an earlier one gets no storage of its own.
         read: gives the array of a name; it is called once for each storage, in order.
+        around: makes the object to be pickled of the state dict: plain values, as `torch_pickle.dump` takes them.
     """
     state: dict[str, StoredTensor] = {}
     for tensor in tensors:
@@ -99,7 +132,7 @@ def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
         storage = Storage(str(len(state)), BY_NUMPY[tensor.info.dtype], tensor.info.size)
         state[tensor.name] = StoredTensor(storage, 0, tensor.info.shape, _c_strides(tensor.info.shape))
     with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _write_record(archive, f"{path.stem}/data.pkl", [torch_pickle.dump(state)])
+        _write_record(archive, f"{path.stem}/data.pkl", [torch_pickle.dump(around(dict(state)))])
         _write_record(archive, f"{path.stem}/byteorder", [b"little"])
         for tensor in tensors:
             if tensor.shares is None:
@@ -131,7 +164,7 @@ class _Record:
     size: int
 
 
-def _read_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_zip(path: Path, buffer: mmap.mmap, *, inert: bool) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The pickled object, and start and size in bytes of each storage by its key."""
     records = _records(path, buffer)
     pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -142,7 +175,7 @@ def _read_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, 
     if order is not None and buffer[order.start : order.start + order.size] != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
     record = records[pickles[0]]
-    state = _load(path, buffer[record.start : record.start + record.size])
+    state = _load(path, buffer[record.start : record.start + record.size], inert=inert)
     data = f"{folder}data/"
     return state, {
         name.removeprefix(data): (record.start, record.size)
@@ -151,9 +184,9 @@ def _read_zip(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, 
     }
 
 
-def _load(path: Path, pickle: bytes | mmap.mmap) -> Any:
+def _load(path: Path, pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
     try:
-        return torch_pickle.load(pickle)
+        return torch_pickle.load(pickle, inert=inert)
     except RefusedError as error:
         raise CheckpointError(f"{path}: {error}. Don't trust this file, or save its tensors again.") from None
 
@@ -220,8 +253,12 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 # The container before PyTorch 1.6
 
 
-def _read_old(path: Path, buffer: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The pickled object, and start and size in bytes of each storage by its key."""
+def _read_old(path: Path, buffer: mmap.mmap, *, inert: bool) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """The pickled object, and start and size in bytes of each storage by its key.
+
+    Only state dicts are read from this container, so that there is nothing to be kept inert, whatever `inert` says.
+    """
+    del inert
     magic, protocol, system, state, keys = [_load(path, buffer) for _ in range(5)]
     if magic != _OLD_MAGIC_NUMBER or protocol != _OLD_PROTOCOL or not isinstance(system, dict):
         raise damaged(path, "it is neither a zip archive nor a file of torch.save")

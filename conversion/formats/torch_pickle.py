@@ -11,6 +11,7 @@ import io
 import mmap
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -60,8 +61,28 @@ class StoredTensor:
         return TensorInfo(self.storage.dtype.numpy, self.shape)
 
 
-def load(pickle: bytes | mmap.mmap) -> Any:
+@dataclasses.dataclass(eq=False)
+class Inert:
+    """What is left of an object of a foreign class: the class's name and plain values. Nothing of it was executed.
+
+    Attributes:
+        kind: its class, or the function that would have made it.
+        state: its attributes, as the pickle would have set them; None if it sets none.
+        items: its items, where it is a kind of dict.
+    """
+
+    kind: Global
+    state: Any = None
+    items: dict[Any, Any] = dataclasses.field(default_factory=dict[Any, Any])
+
+
+def load(pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
     """Read one pickle, from the current position where `pickle` is a mapped file.
+
+    Args:
+        pickle: its bytes.
+        inert: whether to keep objects of the classes that training programs pickle beside their tensors (arguments,
+            mostly) as `Inert`, instead of refusing them. The caller must see to it that no tensor is made of one.
 
     Returns:
         Numbers, strings, tuples, lists and dicts, with a `StoredTensor` for each tensor.
@@ -69,13 +90,15 @@ def load(pickle: bytes | mmap.mmap) -> Any:
     Raises:
         RefusedError: for anything else in the pickle, and for bytes that are no pickle.
     """
-    machine = _Machine()
+    machine = _Machine(inert=inert)
     source: Any = io.BytesIO(pickle) if isinstance(pickle, bytes) else pickle
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
-            if count == _MAX_STEPS:
-                raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of odd escapes in texts of protocol 0
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+                if count == _MAX_STEPS:
+                    raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
+                machine.step(opcode.name, argument)
         return machine.result()
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, RecursionError) as error:
         raise RefusedError(f"not a well-formed pickle ({error})") from None
@@ -90,7 +113,8 @@ _MARK = object()
 class _Machine:
     """Stack and memo of a pickle that is being read. Python's own errors stand for a pickle that is malformed."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, inert: bool) -> None:
+        self._inert = inert
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -112,9 +136,11 @@ class _Machine:
             self._stack.append(self._memo[int(argument)])
         elif opcode in _STEPS:
             _STEPS[opcode](self)
+        elif self._inert and opcode in _INERT_STEPS:
+            _INERT_STEPS[opcode](self)
         elif opcode == "GLOBAL":
             module, _, name = argument.partition(" ")
-            self._stack.append(_known(Global(module, name)))
+            self.push_global(Global(module, name))
         elif opcode not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(f"the pickle uses {opcode}, which no state dict needs")
 
@@ -159,6 +185,8 @@ class _Machine:
         self.top_list().extend(values)
 
     def top_list(self) -> list[Any]:
+        if isinstance(self.top(), Inert):
+            return []  # the items of a foreign kind of list are of no use to anyone here
         if not isinstance(self.top(), list):
             raise TypeError("an item for something that is no list")
         return self._stack[-1]
@@ -173,15 +201,21 @@ class _Machine:
 
     def fill_top(self, items: list[Any]) -> None:
         target = self.top()
+        if isinstance(target, Inert):
+            target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise TypeError("an item for something that is no dict")
-        _fill(cast("dict[Any, Any]", target), zip(items[::2], items[1::2], strict=True))
+        pairs = zip(items[::2], items[1::2], strict=True)
+        _fill(cast("dict[Any, Any]", target), _usable(pairs) if self._inert else pairs)
 
     def push_stack_global(self) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise TypeError("a global whose name is no string")
-        self._stack.append(_known(Global(module, name)))
+        self.push_global(Global(module, name))
+
+    def push_global(self, name: Global) -> None:
+        self._stack.append(name if self._inert and _is_foreign(name) else _known(name))
 
     def push_storage(self) -> None:
         self._stack.append(_storage(self.pop()))
@@ -190,13 +224,25 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise RefusedError("the pickle calls something that is no known function")
-        self._stack.append(_call(function, cast("tuple[Any, ...]", arguments)))
+        foreign = self._inert and _is_foreign(function)
+        self._stack.append(Inert(function) if foreign else _call(function, cast("tuple[Any, ...]", arguments)))
 
     def build(self) -> None:
+        state, target = self.pop(), self.top()
+        if isinstance(target, Inert):
+            target.state = state
         # A state dict carries the versions of its modules as an attribute; nobody needs them.
-        self.pop()
-        if not isinstance(self.top(), dict):
+        elif not isinstance(target, dict):
             raise RefusedError("the pickle sets the attributes of an object")
+
+    def push_inert(self, arguments: int) -> None:
+        """An object of a class, in place of calling the class with what lies above it on the stack."""
+        for _ in range(arguments):
+            self.pop()
+        kind = self.pop()
+        if not isinstance(kind, Global) or not _is_foreign(kind):
+            raise RefusedError("the pickle makes an object of something that is no known class")
+        self._stack.append(Inert(kind))
 
 
 _PUSH_ARGUMENT = frozenset(
@@ -221,6 +267,15 @@ _STEPS: dict[str, Callable[[_Machine], None]] = {
     "BUILD": _Machine.build,
 }
 
+_INERT_STEPS: dict[str, Callable[[_Machine], None]] = {
+    "NEWOBJ": lambda machine: machine.push_inert(1),
+    "NEWOBJ_EX": lambda machine: machine.push_inert(2),
+    "EMPTY_SET": _Machine.push_list,
+    "ADDITEMS": _Machine.appends,
+    "FROZENSET": _Machine.push_tuple,
+}
+"""Opcodes of foreign objects; a set becomes a list."""
+
 
 # What a pickle may name and call
 
@@ -231,6 +286,15 @@ def _known(name: Global) -> Global:
             f"the pickle wants {name.module}.{name.name}, which is no part of a state dict; nothing was executed"
         )
     return name
+
+
+def _is_foreign(name: Global) -> bool:
+    """Whether a global may be kept as a name that stands for nothing."""
+    if name in _KNOWN or name.module + "." + name.name in _STORAGE_CLASSES:
+        return False
+    if name.module in ("builtins", "__builtin__"):
+        return name.name in _FOREIGN_BUILTINS
+    return name.module.partition(".")[0] in _FOREIGN_PACKAGES
 
 
 def _call(function: Global, arguments: tuple[Any, ...]) -> Any:
@@ -297,6 +361,15 @@ def _fill(target: dict[Any, Any], items: Iterable[Any]) -> None:
         target[key] = value
 
 
+def _usable(items: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, Any]]:
+    """The items of a foreign dict without those of unusual keys, which no tensor and no argument has."""
+    for key, value in items:
+        if isinstance(key, str | int):
+            yield key, value
+        elif isinstance(value, StoredTensor):
+            raise RefusedError(f"a tensor has a name of type {type(key).__name__}")
+
+
 def _size(shape: Any = ()) -> tuple[int, ...]:
     if not is_shape(shape):
         raise RefusedError("a torch.Size holds something else than lengths")
@@ -314,26 +387,65 @@ _KNOWN: Mapping[Global, Callable[..., Any]] = {
 }
 _STORAGE_CLASSES = {f"torch.{name}": row for name, row in BY_TORCH_STORAGE.items()}
 
+_FOREIGN_PACKAGES = frozenset(
+    "argparse omegaconf metaseq fairseq fairscale megatron typing enum collections pathlib copyreg copy_reg "
+    "numpy _codecs torch".split()
+)
+"""Where the classes come from that metaseq pickles beside its tensors. Their names are kept, never looked up."""
+
+_FOREIGN_BUILTINS = frozenset(
+    "object dict list tuple set frozenset str unicode int long float bool bytes bytearray complex slice range".split()
+)
+
 
 # Writing
 
 
-def dump(tensors: Mapping[str, StoredTensor]) -> bytes:
-    """The pickle of a state dict: what `torch.save` writes for a plain dict, in protocol 2, without the memo."""
-    parts = [b"\x80\x02}("]
-    for name, tensor in tensors.items():
-        row = tensor.storage.dtype
-        assert row.torch_storage is not None, row.name
-        parts += [
-            _text(name),
-            _global(_REBUILD_TENSOR),
-            b"((",
-            _text("storage") + _global(Global("torch", row.torch_storage)),
-            _text(tensor.storage.key) + _text("cpu") + _integer(tensor.storage.size) + b"tQ",
-            _integer(tensor.offset) + _integers(tensor.shape) + _integers(tensor.strides),
-            b"\x89" + _global(_ORDERED_DICT) + b")RtR",
-        ]
-    return b"".join([*parts, b"u."])
+def dump(value: Any) -> bytes:
+    """The pickle of a state dict, or of plain values around one, in protocol 2 and without the memo.
+
+    A plain dict of tensors gives what `torch.save` writes for it.
+
+    Args:
+        value: dicts with names as keys, lists, texts, numbers, truth values, None and `StoredTensor`.
+    """
+    return b"\x80\x02" + _value(value) + b"."
+
+
+def _value(value: Any) -> bytes:
+    if isinstance(value, StoredTensor):
+        return _tensor(value)
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        return b"}(" + b"".join(_text(key) + _value(item) for key, item in items) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(_value, cast("list[Any]", value))) + b"e"
+    if isinstance(value, str):
+        return _text(value)
+    return _number(value)
+
+
+def _number(value: float | None) -> bytes:
+    if value is None or isinstance(value, bool):
+        return {None: b"N", True: b"\x88", False: b"\x89"}[value]
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    assert value >= 0, value
+    return _integer(value)
+
+
+def _tensor(tensor: StoredTensor) -> bytes:
+    row = tensor.storage.dtype
+    assert row.torch_storage is not None, row.name
+    parts = [
+        _global(_REBUILD_TENSOR),
+        b"((",
+        _text("storage") + _global(Global("torch", row.torch_storage)),
+        _text(tensor.storage.key) + _text("cpu") + _integer(tensor.storage.size) + b"tQ",
+        _integer(tensor.offset) + _integers(tensor.shape) + _integers(tensor.strides),
+        b"\x89" + _global(_ORDERED_DICT) + b")RtR",
+    ]
+    return b"".join(parts)
 
 
 def _text(text: str) -> bytes:
