@@ -8,13 +8,13 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
+from conversion.checkpoint import checked_parameters, open_checkpoint
 from conversion.dtypes import parse_dtype
 from conversion.save import DEFAULT_SHARD_SIZE, Plan, check_target, make_plan, write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
-from opt_common.params import Parameter, parameter_table
+from opt_common.params import ARCHITECTURES, Head, Parameter, parameter_table
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
 """Files beside the weights that go along as they are, where the source has them."""
@@ -79,9 +79,8 @@ def convert(
     source, target = locate(src, **hub), Path(dst)
     _check_places(source, target, force=force)
     with open_checkpoint(source) as checkpoint:
-        bare = is_bare(checkpoint)
-        table = parameter_table(checkpoint.config, head=None if bare else "lm")
-        checked_parameters(checkpoint, table)
+        table = parameter_table(checkpoint.config, head=checkpoint.head)
+        checked_parameters(checkpoint, table, other_heads=False)
         stored = None if dtype is None else parse_dtype(dtype).numpy
         plan = make_plan(
             checkpoint.config,
@@ -89,7 +88,7 @@ def convert(
             {parameter.name: stored or checkpoint.info(parameter.name).dtype for parameter in table},
             format_name=to,
             max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
-            bare=bare,
+            bare=checkpoint.head is None,
         )
         documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
         check_target(target, to, {*plan.files, *documents})
@@ -107,7 +106,7 @@ def convert(
             files=(*plan.files, *documents),
             tensors=len(table),
             total_bytes=plan.total_bytes,
-            warnings=tuple(class_limits(checkpoint.config, to)),
+            warnings=tuple(class_limits(checkpoint.config, to, checkpoint.head)),
         )
 
 
@@ -125,18 +124,14 @@ def locate(src: str | os.PathLike[str], **hub: Any) -> Path:
     return path if path.is_file() else resolve(src, **hub)
 
 
-def is_bare(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of a decoder without a head, by the class in its configuration."""
-    architectures = checkpoint.config.extra.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return False
-    return all(str(name).endswith("OPTModel") for name in cast("list[Any]", architectures))
-
-
-def class_limits(config: OPTConfig, format_name: str) -> Iterator[str]:
+def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") -> Iterator[str]:
     """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
-    classes = {"tf": "TFOPTForCausalLM", "flax": "FlaxOPTForCausalLM"}.get(format_name)
-    if classes is None:
+    prefix = {"tf": "TF", "flax": "Flax"}.get(format_name)
+    if prefix is None:
+        return
+    classes = f"{prefix}OPTForCausalLM"
+    if head not in ("lm", None):
+        yield f"transformers has no {prefix}{ARCHITECTURES[head]}: only this package's classes read this file's head."
         return
     if format_name == "tf" and not config.tie_word_embeddings:
         yield f"The head is not tied to the token table: transformers' {classes} computes other logits."

@@ -20,7 +20,7 @@ from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, FORMATS, GENERATION_CONFIG_FILE
-from opt_common.params import Parameter, Scheme
+from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -35,7 +35,12 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-_TF_SCOPES = {False: "tfopt_for_causal_lm", True: "tfopt_model"}
+_TF_SCOPES: Mapping[Head | None, str] = {
+    None: "tfopt_model",
+    "lm": "tfopt_for_causal_lm",
+    "sequence_classification": "tfopt_for_sequence_classification",
+    "question_answering": "tfopt_for_question_answering",
+}
 
 ReadParameter = Callable[[Parameter], Array]
 """Gives a parameter in the canonical layout, as an array of any strides and of any floating dtype."""
@@ -86,14 +91,14 @@ class Plan:
     Attributes:
         config: the configuration as it will be written.
         format: a key of `opt_common.hub.FORMATS`.
-        bare: whether it is a decoder without a head.
+        head: what stands on the decoder, None for nothing.
         shards: the tensors of each weight file.
         files: names of the weight files.
     """
 
     config: OPTConfig
     format: str
-    bare: bool
+    head: Head | None
     shards: tuple[tuple[Tensor, ...], ...]
     files: tuple[str, ...]
 
@@ -172,21 +177,23 @@ def make_plan(
     """
     if format_name not in _MODULES:
         raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join(_MODULES)}.")
-    has_head = any(parameter.name == HEAD for parameter in table)
-    bare = bare or not (has_head or config.tie_word_embeddings)
+    heads: list[Head] = [head for parameter in table if (head := head_of(parameter.name)) is not None]
+    head: Head | None = heads[0] if heads else None
+    if head is None and config.tie_word_embeddings and not bare:
+        head = "lm"
     limit = parse_size(max_shard_size)
-    tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=bare) for parameter in table]
+    tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=head is None) for parameter in table]
     shards = _fill_shards(tensors, limit)
-    if format_name == "torch" and config.tie_word_embeddings and not bare:
+    if format_name == "torch" and config.tie_word_embeddings and head == "lm":
         shards = _with_tied_head(shards)
     names = FORMATS[format_name]
     single = len(shards) == 1
     if format_name == "tf" and single:
-        shards = [[_with_scope(tensor, bare=bare) for tensor in shards[0]]]
+        shards = [[_with_scope(tensor, head) for tensor in shards[0]]]
     return Plan(
-        config=_stored_config(config, set(dtypes.values()), bare=bare),
+        config=_stored_config(config, set(dtypes.values()), head),
         format=format_name,
-        bare=bare,
+        head=head,
         shards=tuple(map(tuple, shards)),
         files=(names.single,) if single else tuple(names.shard(n, len(shards)) for n in range(1, len(shards) + 1)),
     )
@@ -288,9 +295,9 @@ def _segments(path: tuple[str, ...], scheme: Scheme) -> tuple[str, ...]:
     return (*joined.split("/"), f"{leaf}:0")
 
 
-def _with_scope(tensor: Tensor, *, bare: bool) -> Tensor:
+def _with_scope(tensor: Tensor, head: Head | None) -> Tensor:
     """A single HDF5 file has the scope of the model in its names; shards do not."""
-    name = f"{_TF_SCOPES[bare]}/{tensor.spec.name}"
+    name = f"{_TF_SCOPES[head]}/{tensor.spec.name}"
     return dataclasses.replace(tensor, spec=dataclasses.replace(tensor.spec, name=name))
 
 
@@ -323,16 +330,16 @@ def _with_tied_head(shards: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     return result
 
 
-def _stored_config(config: OPTConfig, dtypes: set[np.dtype[Any]], *, bare: bool) -> OPTConfig:
+def _stored_config(config: OPTConfig, dtypes: set[np.dtype[Any]], head: Head | None) -> OPTConfig:
     """The configuration with the class that the weights are of, and their dtype where they have a common one."""
-    extra = {**config.extra, "architectures": ["OPTModel" if bare else "OPTForCausalLM"]}
+    extra = {**config.extra, "architectures": [ARCHITECTURES[head]]}
     dtype = BY_NUMPY[next(iter(dtypes))].name if len(dtypes) == 1 else config.dtype
     return config.replace(extra=extra, dtype=dtype)
 
 
 def _index(plan: Plan) -> bytes:
     """The JSON file that says which shard holds which tensor, as Hugging Face's libraries of the format write it."""
-    scope = f"{_TF_SCOPES[plan.bare]}/" if plan.format == "tf" else ""
+    scope = f"{_TF_SCOPES[plan.head]}/" if plan.format == "tf" else ""
     weight_map = {
         scope + tensor.spec.name: file for file, shard in zip(plan.files, plan.shards, strict=True) for tensor in shard
     }
