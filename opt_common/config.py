@@ -263,13 +263,15 @@ def _labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
 
 def _label_problems(config: OPTConfig) -> list[str]:
     """What is wrong with the fields of sequence classification."""
-    if not _is_int(config.num_labels) or config.num_labels < 1:
-        return [f"num_labels is {config.num_labels!r}, expected a positive integer."]
     problems: list[str] = []
     id2label, label2id, problem_type = cast(
         "tuple[Any, Any, Any]", (config.id2label, config.label2id, config.problem_type)
     )
-    if not isinstance(id2label, Mapping) or set(cast("Mapping[Any, Any]", id2label)) != set(range(config.num_labels)):
+    if not isinstance(id2label, Mapping):
+        return [f"id2label is {id2label!r}, expected a name for the number of each output."]
+    if not _is_int(config.num_labels) or config.num_labels < 1:
+        return [f"num_labels is {config.num_labels!r}, expected a positive integer."]
+    if set(cast("Mapping[Any, Any]", id2label)) != set(range(config.num_labels)):
         problems.append(
             f"id2label is {id2label!r}, expected a name for each output from 0 to num_labels - 1 "
             f"({config.num_labels - 1})."
