@@ -298,7 +298,8 @@ def low_precision(model: OPTForCausalLM, ids: np.ndarray, mask: np.ndarray) -> d
 
 def with_head(model: OPTForCausalLM, head: type, **changes: Any) -> Any:
     """A model of another class with the same decoder and a seeded head; one label is the first of three."""
-    config = OPTConfig.from_dict({**model.config.to_dict(), **changes})
+    values = {key: value for key, value in model.config.to_dict().items() if key not in ("id2label", "label2id")}
+    config = OPTConfig.from_dict({**values, **changes})
     config._attn_implementation = "eager"
     new = head(config).eval()
     new.model.load_state_dict(model.model.state_dict())
@@ -363,7 +364,7 @@ def head_results(
     found = {"input_ids": ids, "attention_mask": mask, **wanted}
     for kind in ("single_label_classification", "multi_label_classification", "regression", "regression1"):
         model = one if kind == "regression1" else three
-        model.config.problem_type = kind.removesuffix("1")
+        model.config.problem_type = kind.removesuffix("1")  # else the library infers one, and keeps it
         output = model(**inputs, labels=torch.from_numpy(wanted[f"labels_{kind}"]))
         found[f"loss_{kind}"] = output.loss.detach().numpy().reshape(1)
         found["seqcls1_logits" if model is one else "seqcls_logits"] = output.logits.detach().numpy()
