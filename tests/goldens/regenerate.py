@@ -362,6 +362,8 @@ def head_results(
     """One group: the targets, and logits, losses and gradients."""
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     found = {"input_ids": ids, "attention_mask": mask, **wanted}
+    with torch.no_grad():
+        found["base_last_hidden_state"] = three.model(**inputs).last_hidden_state.numpy()
     for kind in ("single_label_classification", "multi_label_classification", "regression", "regression1"):
         model = one if kind == "regression1" else three
         model.config.problem_type = kind.removesuffix("1")  # else the library infers one, and keeps it
