@@ -58,6 +58,7 @@ format: $(ready)  ## mend what can be mended by machine
 
 oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an environment of its own)
 	PYTHONPATH=. TF_USE_LEGACY_KERAS=1 TF_CPP_MIN_LOG_LEVEL=2 .venv-oracle/bin/python tests/oracle/check_transformers_loads.py
+	PYTHONPATH=. TF_USE_LEGACY_KERAS=1 TF_CPP_MIN_LOG_LEVEL=2 .venv-oracle/bin/python tests/oracle/check_heads_load.py
 
 .venv-oracle/.ready: tests/oracle/requirements.txt
 	test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle

@@ -10,15 +10,13 @@ from collections.abc import Iterable
 
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
-from opt_common.params import LEAVES, Parameter, Scheme, module_kind, parameter_table
+from opt_common.params import HEAD_MODULES, LEAVES, Parameter, Scheme, module_kind, parameter_table
 
 DECODER = ("model", "decoder")
 """The path of the decoder in a language model, in front of every tensor but the heads'."""
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.decoder.embed_tokens.weight"
-
-_HEAD_MODULES = ("lm_head", "score", "qa_outputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +170,13 @@ def _without_scope(path: tuple[str, ...], scheme: Scheme) -> tuple[str, ...]:
     """The path without the name that TensorFlow puts in front of a model's variables."""
     if scheme != "keras" or len(path) < 2:
         return path
-    is_scope = path[1:3] == DECODER or path[1] in _HEAD_MODULES
+    is_scope = path[1:3] == DECODER or path[1] in HEAD_MODULES
     return path[1:] if is_scope else path
 
 
 def _with_prefix(module: list[str]) -> tuple[str, ...]:
     """The canonical path of a module that may lack its prefix or a part of it."""
-    if tuple(module[:2]) == DECODER or module[0] in _HEAD_MODULES:
+    if tuple(module[:2]) == DECODER or module[0] in HEAD_MODULES:
         return tuple(module)
     if module[0] == DECODER[1] and len(module) == 2 and module[1] in METASEQ_MODULES:
         return tuple(METASEQ_MODULES[module[1]].split("."))

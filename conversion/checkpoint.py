@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from conversion.tensors import Array, Reader, TensorInfo
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index
-from opt_common.params import Parameter, Scheme
+from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 READERS: Mapping[str, Callable[[Path], Reader]] = {
     "safetensors": safetensors_file.open_reader,
@@ -51,6 +51,7 @@ class Checkpoint:
         files: the weight files.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
+        head: what stands on the decoder, by the class in the configuration, or else by the tensors.
     """
 
     def __init__(self, config: OPTConfig | None, format_name: str, files: tuple[Path, ...]) -> None:
@@ -82,6 +83,16 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
+
+    @property
+    def head(self) -> Head | None:
+        architectures: Any = self.config.extra.get("architectures")
+        for name in cast("list[Any]", architectures) if isinstance(architectures, list) else []:
+            for head, architecture in ARCHITECTURES.items():
+                if str(name).endswith(architecture):
+                    return head
+        heads: list[Head] = [head for name in self.names if (head := head_of(name)) is not None]
+        return heads[0] if heads else "lm"
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor in the canonical layout, without reading it."""
@@ -186,17 +197,30 @@ def _stated_config(directory: Path, config: str | os.PathLike[str] | None, *, op
     return None if optional and not beside.exists() else OPTConfig.from_json_file(beside)
 
 
-def checked_parameters(checkpoint: Checkpoint, table: Iterable[Parameter]) -> None:
+def checked_parameters(
+    checkpoint: Checkpoint, table: Iterable[Parameter], *, other_heads: bool = True, new: Iterable[Parameter] = ()
+) -> None:
     """Make sure that a checkpoint holds the parameters of a table, and nothing else.
+
+    Args:
+        checkpoint: what to check.
+        table: the parameters that it must hold.
+        other_heads: whether the tensors of heads that the table has not are passed over: a head is not in the way of
+            its decoder, nor of another head.
+        new: parameters that it need not hold, because they are made anew; if it does, they are passed over.
 
     Raises:
         CheckpointError: naming every missing, unexpected and mis-shaped tensor, and every one that isn't floating.
     """
     expected = {parameter.name: parameter for parameter in table}
     present = set(checkpoint.names)
+    passed_over = {parameter.name for parameter in new}
+    if other_heads:
+        passed_over |= {name for name in present if head_of(name) is not None}
     problems = [f"missing: {name}, of shape {list(expected[name].shape)}." for name in expected if name not in present]
-    # A language model's head is not in the way of its bare decoder.
-    problems += [_unexpected(checkpoint, name) for name in checkpoint.names if name not in expected and name != HEAD]
+    problems += [
+        _unexpected(checkpoint, name) for name in checkpoint.names if name not in expected and name not in passed_over
+    ]
     for name, parameter in expected.items():
         if name not in present:
             continue
@@ -221,6 +245,15 @@ def _unexpected(checkpoint: Checkpoint, name: str) -> str:
 
 def _advice(checkpoint: Checkpoint, expected: Mapping[str, Parameter], present: set[str]) -> str:
     """A sentence about a story that the problems are known to tell, or nothing."""
+    head = [name for name in expected if head_of(name) is not None]
+    if head and not present.intersection(head):
+        return "\nThe checkpoint has no such head. To train one on its decoder, load it with new_head=True."
+    shapes = {name: (checkpoint.info(name).shape, expected[name].shape) for name in head if name in present}
+    if any(found != wanted for found, wanted in shapes.values()):
+        return (
+            f"\nThe labels in {CONFIG_FILE}, or those asked for, are not as many as the checkpoint's head has: load it "
+            "with its own number, or with new_head=True for a new head."
+        )
     final_norm = [name for name in expected if name.startswith("model.decoder.final_layer_norm.")]
     if final_norm and not present.intersection(final_norm):
         return (

@@ -273,6 +273,7 @@ def _show_inspection(result: Inspection) -> None:
     print(
         f"parameters  {result.parameters:,} in {_plural(len(result.tensors), 'tensor')}, {_bytes(result.total_bytes)}"
     )
+    print(f"class       {result.architecture}")
     print(f"dtypes      {', '.join(f'{name} ×{count}' for name, count in result.dtypes.items())}")
     print(
         f"model       {config['num_hidden_layers']} layers, hidden {config['hidden_size']}, "
@@ -318,8 +319,9 @@ def _show_function(check: FunctionCheck) -> None:
         first = "   <- first difference" if index == check.first_divergent else ""
         print(f"    {name:18} {value:.3e}{first}")
     print(f"    {'logits':18} {check.logits:.3e}")
-    print(f"  likeliest token agrees at {check.top1_agreement:.1%} of the positions")
-    print(f"  greedy continuation {'equal' if check.greedy_equal else 'DIFFERENT'}")
+    print(f"  highest logit agrees at {check.top1_agreement:.1%} of the positions")
+    if check.greedy:
+        print(f"  greedy continuation {'equal' if check.greedy_equal else 'DIFFERENT'}")
 
 
 def _bytes(count: float) -> str:

@@ -22,7 +22,7 @@ from conversion.save import (
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
-from opt_common.params import Parameter, parameter_table
+from opt_common.params import ARCHITECTURES, Head, Parameter, parameter_table
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
 """Files beside the weights that go along as they are, where the source has them."""
@@ -151,7 +151,7 @@ def convert(
             files=prepared.files,
             tensors=len(prepared.table),
             total_bytes=plan.total_bytes,
-            warnings=tuple(class_limits(checkpoint.config, to)),
+            warnings=tuple(class_limits(checkpoint.config, to, checkpoint.head)),
         )
 
 
@@ -194,7 +194,7 @@ def plan_conversion(
             ),
             needed_bytes=needed_bytes(plan, prepared.documents),
             free_bytes=free_bytes(prepared.target),
-            warnings=tuple(class_limits(prepared.checkpoint.config, to)),
+            warnings=tuple(class_limits(prepared.checkpoint.config, to, prepared.checkpoint.head)),
         )
 
 
@@ -230,9 +230,8 @@ def _prepared(
     source, target = locate(src, config=config, **hub), Path(dst)
     _check_places(source, target, force=force)
     with open_checkpoint(source, config=config) as checkpoint:
-        bare = is_bare(checkpoint)
-        table = parameter_table(checkpoint.config, head=None if bare else "lm")
-        checked_parameters(checkpoint, table)
+        table = parameter_table(checkpoint.config, head=checkpoint.head)
+        checked_parameters(checkpoint, table, other_heads=False)
         stored = None if dtype is None else parse_dtype(dtype).numpy
         plan = make_plan(
             checkpoint.config,
@@ -240,7 +239,7 @@ def _prepared(
             {parameter.name: stored or checkpoint.info(parameter.name).dtype for parameter in table},
             format_name=to,
             max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
-            bare=bare,
+            bare=checkpoint.head is None,
             model_parts=model_parts,
         )
         documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
@@ -264,18 +263,14 @@ def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
     return path if path.is_file() or (config is not None and path.is_dir()) else resolve(src, **hub)
 
 
-def is_bare(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is of a decoder without a head, by the class in its configuration."""
-    architectures = checkpoint.config.extra.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return False
-    return all(str(name).endswith("OPTModel") for name in cast("list[Any]", architectures))
-
-
-def class_limits(config: OPTConfig, format_name: str) -> Iterator[str]:
+def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") -> Iterator[str]:
     """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
-    classes = {"tf": "TFOPTForCausalLM", "flax": "FlaxOPTForCausalLM"}.get(format_name)
-    if classes is None:
+    prefix = {"tf": "TF", "flax": "Flax"}.get(format_name)
+    if prefix is None:
+        return
+    classes = f"{prefix}OPTForCausalLM"
+    if head not in ("lm", None):
+        yield f"transformers has no {prefix}{ARCHITECTURES[head]}: only this package's classes read this file's head."
         return
     if format_name == "tf" and not config.tie_word_embeddings:
         yield f"The head is not tied to the token table: transformers' {classes} computes other logits."

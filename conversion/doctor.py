@@ -15,7 +15,7 @@ import numpy as np
 
 from conversion.canonical import EMBEDDING
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
-from conversion.convert import is_bare, locate
+from conversion.convert import locate
 from conversion.dtypes import BY_NUMPY
 from conversion.tensors import Array, pieces
 from conversion.verify import verify
@@ -140,9 +140,7 @@ def _checkpoint_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding
     yield from stories
     if not stories:
         try:
-            checked_parameters(
-                checkpoint, parameter_table(checkpoint.config, head=None if is_bare(checkpoint) else "lm")
-            )
+            checked_parameters(checkpoint, parameter_table(checkpoint.config, head=checkpoint.head))
         except OPTError as error:
             yield _unreadable(where, error)
     yield from _name_findings(checkpoint, where)
@@ -199,7 +197,7 @@ def _name_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
     if "lm_head" in checkpoint.native_name(EMBEDDING):
         what = "The token table is stored as lm_head.weight only; other software finds no embeddings."
         yield _finding("lm-head-only", what, where, rewrite)
-    elif checkpoint.scheme == "torch" and not is_bare(checkpoint):
+    elif checkpoint.scheme == "torch" and checkpoint.head is not None:
         natives = [checkpoint.native_name(name) for name in checkpoint.names]
         if not any(native.startswith("model.") for native in natives):
             what = f"The names lack the prefix 'model.' ({natives[0]}); some other software finds no tensors."

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 from conversion.checkpoint import checked_parameters, open_checkpoint
-from conversion.convert import is_bare, locate
+from conversion.convert import locate
 from opt_common.errors import CheckpointError
-from opt_common.params import parameter_table
+from opt_common.params import ARCHITECTURES, parameter_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Inspection:
         source: what was looked at.
         format: the format of its weights.
         files: the weight files.
+        architecture: the class of the model, as PyTorch's is called.
         config: contents of `config.json`, defaults filled in.
         parameters: number of elements of all tensors.
         total_bytes: bytes of all tensors.
@@ -41,6 +42,7 @@ class Inspection:
     source: str
     format: str
     files: tuple[str, ...]
+    architecture: str
     config: dict[str, Any]
     parameters: int
     total_bytes: int
@@ -77,15 +79,15 @@ def inspect(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | Non
         infos = {name: checkpoint.info(name) for name in checkpoint.names}
         problem = None
         try:
-            checked_parameters(
-                checkpoint, parameter_table(checkpoint.config, head=None if is_bare(checkpoint) else "lm")
-            )
+            table = parameter_table(checkpoint.config, head=checkpoint.head)
+            checked_parameters(checkpoint, table, other_heads=False)
         except CheckpointError as error:
             problem = str(error)
         return Inspection(
             source=os.fspath(src),
             format=checkpoint.format,
             files=tuple(str(path) for path in checkpoint.files),
+            architecture=ARCHITECTURES[checkpoint.head],
             config=checkpoint.config.to_dict(),
             parameters=sum(info.size for info in infos.values()),
             total_bytes=sum(info.nbytes for info in infos.values()),

@@ -21,7 +21,7 @@ from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import CONFIG_FILE, FORMATS, GENERATION_CONFIG_FILE, METASEQ, MetaseqName
-from opt_common.params import Parameter, Scheme
+from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -42,7 +42,12 @@ _UNITS = {
 _OVERHEAD_BYTES = 4096
 """What a file system and the structure of a file take, at most, for each tensor and each file."""
 
-_TF_SCOPES = {False: "tfopt_for_causal_lm", True: "tfopt_model"}
+_TF_SCOPES: Mapping[Head | None, str] = {
+    None: "tfopt_model",
+    "lm": "tfopt_for_causal_lm",
+    "sequence_classification": "tfopt_for_sequence_classification",
+    "question_answering": "tfopt_for_question_answering",
+}
 
 ReadParameter = Callable[[Parameter], Array]
 """Gives a parameter in the canonical layout, as an array of any strides and of any floating dtype."""
@@ -105,7 +110,7 @@ class Plan:
     Attributes:
         config: the configuration as it will be written.
         format: one of `TARGETS`.
-        bare: whether it is a decoder without a head.
+        head: what stands on the decoder, None for nothing.
         shards: the tensors of each weight file.
         files: names of the weight files.
         arguments: metaseq's options of the model; nothing for the other formats.
@@ -113,7 +118,7 @@ class Plan:
 
     config: OPTConfig
     format: str
-    bare: bool
+    head: Head | None
     shards: tuple[tuple[Tensor, ...], ...]
     files: tuple[str, ...]
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -211,25 +216,27 @@ def make_plan(
         raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join(TARGETS)}.")
     if model_parts is not None and format_name != METASEQ:
         raise CheckpointError(f"Only metaseq has model parts; {format_name} is split by max_shard_size.")
-    has_head = any(parameter.name == HEAD for parameter in table)
-    bare = bare or not (has_head or config.tie_word_embeddings)
+    heads: list[Head] = [head for parameter in table if (head := head_of(parameter.name)) is not None]
+    head: Head | None = heads[0] if heads else None
+    if head is None and config.tie_word_embeddings and not bare:
+        head = "lm"
     limit = parse_size(max_shard_size)
     if format_name == METASEQ:
         if limit != parse_size(DEFAULT_SHARD_SIZE):
             raise CheckpointError("metaseq has no shards of a size; leave max_shard_size and use model_parts.")
-        return _metaseq_plan(config, table, dtypes, bare=bare, model_parts=model_parts)
-    tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=bare) for parameter in table]
+        return _metaseq_plan(config, table, dtypes, head=head, model_parts=model_parts)
+    tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=head is None) for parameter in table]
     shards = _fill_shards(tensors, limit)
-    if format_name == "torch" and config.tie_word_embeddings and not bare:
+    if format_name == "torch" and config.tie_word_embeddings and head == "lm":
         shards = _with_tied_head(shards)
     names = FORMATS[format_name]
     single = len(shards) == 1
     if format_name == "tf" and single:
-        shards = [[_with_scope(tensor, bare=bare) for tensor in shards[0]]]
+        shards = [[_with_scope(tensor, head) for tensor in shards[0]]]
     return Plan(
-        config=_stored_config(config, set(dtypes.values()), bare=bare),
+        config=_stored_config(config, set(dtypes.values()), head),
         format=format_name,
-        bare=bare,
+        head=head,
         shards=tuple(map(tuple, shards)),
         files=(names.single,) if single else tuple(names.shard(n, len(shards)) for n in range(1, len(shards) + 1)),
     )
@@ -288,7 +295,10 @@ def needed_bytes(plan: Plan, documents: Mapping[str, bytes]) -> int:
 
 def free_bytes(directory: Path) -> int:
     """Bytes that are free where a directory would be written."""
-    return shutil.disk_usage(directory.resolve().parent).free
+    place = directory.resolve().parent
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
@@ -297,7 +307,7 @@ def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> N
     Raises:
         CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
     """
-    if directory.resolve().parent.is_dir() and (free := free_bytes(directory)) < needed_bytes(plan, documents):
+    if (free := free_bytes(directory)) < needed_bytes(plan, documents):
         raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
 
 
@@ -313,11 +323,9 @@ def check_target(directory: Path, format_name: str, names: set[str]) -> None:
     """Make sure that a checkpoint written to `directory` would be the only one in it.
 
     Raises:
-        CheckpointError: if it is no directory, its parent is absent, or it holds weights that would stay beside ours.
+        CheckpointError: if it is no directory, or it holds weights that would stay beside ours.
     """
     if not directory.exists() and not directory.is_symlink():
-        if not directory.absolute().parent.is_dir():
-            raise CheckpointError(f"{directory.parent} is no directory. Create it first, or choose another target.")
         return
     if not directory.is_dir():
         raise CheckpointError(f"{directory} exists and is no directory. Choose another target.")
@@ -367,9 +375,9 @@ def _segments(path: tuple[str, ...], scheme: Scheme) -> tuple[str, ...]:
     return (*joined.split("/"), f"{leaf}:0")
 
 
-def _with_scope(tensor: Tensor, *, bare: bool) -> Tensor:
+def _with_scope(tensor: Tensor, head: Head | None) -> Tensor:
     """A single HDF5 file has the scope of the model in its names; shards do not."""
-    name = f"{_TF_SCOPES[bare]}/{tensor.spec.name}"
+    name = f"{_TF_SCOPES[head]}/{tensor.spec.name}"
     return dataclasses.replace(tensor, spec=dataclasses.replace(tensor.spec, name=name))
 
 
@@ -407,10 +415,14 @@ def _metaseq_plan(
     table: Sequence[Parameter],
     dtypes: Mapping[str, np.dtype[Any]],
     *,
-    bare: bool,
+    head: Head | None,
     model_parts: int | None,
 ) -> Plan:
     """The plan of a metaseq checkpoint: projections fused, each part with its share."""
+    if head not in ("lm", None):
+        raise CheckpointError(
+            f"metaseq has language models only; it has no place for the head of {ARCHITECTURES[head]}."
+        )
     _check_parts(config, model_parts)
     groups: dict[str, list[Parameter]] = {}
     for parameter in table:
@@ -423,9 +435,9 @@ def _metaseq_plan(
         )
     count = model_parts or 1
     return Plan(
-        config=_stored_config(config, set(dtypes.values()), bare=bare),
+        config=_stored_config(config, set(dtypes.values()), head),
         format=METASEQ,
-        bare=bare,
+        head=head,
         shards=tuple(
             tuple(_share(name, group, dtypes[group[0].name], part, count) for name, group in groups.items())
             for part in range(count)
@@ -481,16 +493,16 @@ def _share(name: str, group: Sequence[Parameter], dtype: np.dtype[Any], part: in
     )
 
 
-def _stored_config(config: OPTConfig, dtypes: set[np.dtype[Any]], *, bare: bool) -> OPTConfig:
+def _stored_config(config: OPTConfig, dtypes: set[np.dtype[Any]], head: Head | None) -> OPTConfig:
     """The configuration with the class that the weights are of, and their dtype where they have a common one."""
-    extra = {**config.extra, "architectures": ["OPTModel" if bare else "OPTForCausalLM"]}
+    extra = {**config.extra, "architectures": [ARCHITECTURES[head]]}
     dtype = BY_NUMPY[next(iter(dtypes))].name if len(dtypes) == 1 else config.dtype
     return config.replace(extra=extra, dtype=dtype)
 
 
 def _index(plan: Plan) -> bytes:
     """The JSON file that says which shard holds which tensor, as Hugging Face's libraries of the format write it."""
-    scope = f"{_TF_SCOPES[plan.bare]}/" if plan.format == "tf" else ""
+    scope = f"{_TF_SCOPES[plan.head]}/" if plan.format == "tf" else ""
     weight_map = {
         scope + tensor.spec.name: file for file, shard in zip(plan.files, plan.shards, strict=True) for tensor in shard
     }

@@ -13,12 +13,12 @@ import numpy as np
 
 from conversion.canonical import EMBEDDING, HEAD
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
-from conversion.convert import is_bare, locate
+from conversion.convert import locate
 from conversion.tensors import Array, contiguous, to_dtype
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
-from opt_common.params import Parameter, count_parameters, parameter_table
-from opt_common.reference import forward, generate_greedy
+from opt_common.params import ARCHITECTURES, Parameter, count_parameters, parameter_table
+from opt_common.reference import answer, classify, decode, forward, generate_greedy
 
 LARGEST_FUNCTION = 200_000_000
 """Parameters up to which the function is checked unasked; the float64 reference is slow beyond."""
@@ -26,7 +26,10 @@ LARGEST_FUNCTION = 200_000_000
 _SEED = 0
 _BATCH, _LENGTH, _NEW_TOKENS = 2, 16, 8
 _ROWS_BYTES = 64 << 20
-_DESCRIPTIVE = ("dtype", "extra", "init_std", "use_cache", "dropout", "attention_dropout", "layerdrop")
+_DESCRIPTIVE = (
+    *("dtype", "extra", "init_std", "use_cache", "dropout", "attention_dropout", "layerdrop"),
+    *("num_labels", "id2label", "label2id", "problem_type"),  # a differing number shows in the head's shape
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,10 +57,11 @@ class FunctionCheck:
         hidden_states: max |difference| over attended positions, for the embeddings, each layer's output and the last
             hidden state.
         first_divergent: index in `hidden_states` of the first that isn't zero, or None.
-        logits: max |difference| of the logits over attended positions.
-        top1_agreement: share of attended positions with the same likeliest token.
-        greedy_equal: whether both continue both rows with the same tokens.
-        greedy: the tokens of the checkpoint, one row for each row of the batch.
+        logits: max |difference| of the logits over attended positions; of a sequence classifier, over rows.
+        top1_agreement: share of attended positions with the same likeliest token; of a sequence classifier, share of
+            rows with the same highest logit; of question answering, share of ends of the same answer.
+        greedy_equal: whether both continue both rows with the same tokens; true if they are no language models.
+        greedy: the tokens of the checkpoint, one row for each row of the batch; empty without a language model.
     """
 
     hidden_states: tuple[float, ...]
@@ -127,7 +131,11 @@ def verify(
         check: FunctionCheck | None = None
         if against is not None:
             with open_checkpoint(locate(against, **hub)) as theirs:
-                structure = [*_structure(theirs, _table(theirs)), *_config_differences(ours.config, theirs.config)]
+                structure = [
+                    *_structure(theirs, _table(theirs)),
+                    *_head_difference(ours, theirs),
+                    *_config_differences(ours.config, theirs.config),
+                ]
                 problems += [f"{against}: {problem}" for problem in structure]
                 checks = [_compare(name, ours, theirs) for name in _common(ours, theirs, table)]
                 problems += [_sentence(check) for check in checks if check.verdict == "differs"]
@@ -145,13 +153,13 @@ def verify(
 
 
 def _table(checkpoint: Checkpoint) -> tuple[Parameter, ...]:
-    return parameter_table(checkpoint.config, head=None if is_bare(checkpoint) else "lm")
+    return parameter_table(checkpoint.config, head=checkpoint.head)
 
 
 def _structure(checkpoint: Checkpoint, table: tuple[Parameter, ...]) -> list[str]:
     """What a checkpoint lacks or has too much, and which tensors hold numbers that are none."""
     try:
-        checked_parameters(checkpoint, table)
+        checked_parameters(checkpoint, table, other_heads=False)
     except CheckpointError as error:
         return [str(error)]
     return [
@@ -159,6 +167,13 @@ def _structure(checkpoint: Checkpoint, table: tuple[Parameter, ...]) -> list[str
         for name in checkpoint.names
         if not all(np.isfinite(rows).all() for rows in _rows(checkpoint.read(name)))
     ]
+
+
+def _head_difference(ours: Checkpoint, theirs: Checkpoint) -> Iterator[str]:
+    """Heads that cannot be compared. A bare decoder and a language model share all that the decoder has."""
+    if ours.head != theirs.head and not {ours.head, theirs.head} <= {"lm", None}:
+        mine, other = ARCHITECTURES[ours.head], ARCHITECTURES[theirs.head]
+        yield f"it is of class {other}, the checkpoint of class {mine}."
 
 
 def _config_differences(ours: OPTConfig, theirs: OPTConfig) -> Iterator[str]:
@@ -253,6 +268,8 @@ class _Lazy(Mapping[str, Array]):
 def _function(ours: Checkpoint, theirs: Checkpoint) -> FunctionCheck | None:
     """Compute both models; None where one has no head to compute logits with."""
     both = (ours, theirs)
+    if ours.head == theirs.head and ours.head in ("sequence_classification", "question_answering"):
+        return _head_function(ours, theirs)
     if any(_source(checkpoint, HEAD) is None for checkpoint in both):
         return None
     ids_BT, mask_BT = _batch(ours.config)
@@ -272,6 +289,35 @@ def _function(ours: Checkpoint, theirs: Checkpoint) -> FunctionCheck | None:
         top1_agreement=float((tops[0] == tops[1]).mean()),
         greedy_equal=bool(np.array_equal(greedy[0], greedy[1])),
         greedy=tuple(tuple(int(token) for token in row) for row in greedy[0][:, ids_BT.shape[1] :]),
+    )
+
+
+def _head_function(ours: Checkpoint, theirs: Checkpoint) -> FunctionCheck:
+    """Compute both decoders and their heads."""
+    ids_BT, mask_BT = _batch(ours.config)
+    attended_BT = mask_BT.astype(bool)
+    decoded: list[tuple[Array, ...]] = []
+    logits: list[Array] = []
+    tops: list[Array] = []
+    for checkpoint in (ours, theirs):
+        weights = _Lazy(checkpoint)
+        decoded.append(decode(checkpoint.config, weights, ids_BT, mask_BT)[0])
+        if ours.head == "sequence_classification":
+            logits.append(classify(checkpoint.config, weights, ids_BT, mask_BT).logits)
+            tops.append(logits[-1].argmax(-1))
+        else:
+            found = answer(checkpoint.config, weights, ids_BT, mask_BT)
+            ends_2BT = np.stack([found.start_logits, found.end_logits])
+            logits.append(ends_2BT[:, attended_BT])
+            tops.append(np.where(attended_BT, ends_2BT, -np.inf).argmax(-1))
+    states = tuple(_difference(a[attended_BT], b[attended_BT]) for a, b in zip(*decoded, strict=True))
+    return FunctionCheck(
+        hidden_states=states,
+        first_divergent=next((index for index, value in enumerate(states) if value > 0), None),
+        logits=_difference(*logits),
+        top1_agreement=float((tops[0] == tops[1]).mean()),
+        greedy_equal=True,
+        greedy=(),
     )
 
 

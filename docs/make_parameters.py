@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from opt_common.config import OPTConfig
-from opt_common.params import Parameter, Scheme, count_parameters, parameter_table
+from opt_common.params import ARCHITECTURES, Parameter, Scheme, count_parameters, head_of, parameter_table
 
 PAGE = Path(__file__).with_name("parameters.md")
 
@@ -19,7 +19,7 @@ The canonical name and layout are PyTorch's, which are Hugging Face's. In Keras 
 same path under another leaf name; `ᵀ` says that it is stored transposed there.
 
 Axes: `V` vocab_size, `E` word_embed_proj_dim, `D` hidden_size, `F` ffn_dim, `P` max_position_embeddings + 2 rows of
-positions. A linear `weight` is (out, in).
+positions, `C` num_labels, `2` the start and the end of an answer. A linear `weight` is (out, in).
 
 | what the config says | what it does to the table |
 | --- | --- |
@@ -28,6 +28,7 @@ positions. A linear `weight` is (out, in).
 | `enable_bias` false | removes every `bias` of a linear layer |
 | `layer_norm_elementwise_affine` false | removes every tensor of a layer norm |
 | `tie_word_embeddings` false | adds `lm_head.weight`; a tied head is no parameter |
+| `id2label`, `num_labels` | the rows of `score.weight` |
 """
 
 
@@ -36,21 +37,40 @@ def leaf(parameter: Parameter, scheme: Scheme) -> str:
     return f"`{parameter.leaf(scheme)}`" + ("ᵀ" if parameter.transposed(scheme) else "")
 
 
+HEADER = ("| canonical name | axes | shape | PyTorch | Keras | NNX |", "| --- | --- | --- | --- | --- | --- |")
+
+
+def row(parameter: Parameter) -> str:
+    """One tensor's row of a table."""
+    shape = " × ".join(str(length) for length in parameter.shape)
+    leaves = " | ".join(leaf(parameter, scheme) for scheme in ("torch", "keras", "nnx"))
+    return f"| `{parameter.name}` | {', '.join(parameter.axes)} | {shape} | {leaves} |"
+
+
 def section(title: str, config: OPTConfig) -> str:
     """One configuration's table. Layers are alike, so that only the first is shown."""
     lines = [
         f"\n## {title}\n",
         f"{count_parameters(config):,} parameters; layers 1 to {config.num_hidden_layers - 1} are as layer 0.\n",
-        "| canonical name | axes | shape | PyTorch | Keras | NNX |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *HEADER,
     ]
     for parameter in parameter_table(config):
         if ".layers." not in parameter.name or ".layers.0." in parameter.name:
-            shape = " × ".join(str(length) for length in parameter.shape)
-            axes = ", ".join(parameter.axes)
-            leaves = " | ".join(leaf(parameter, scheme) for scheme in ("torch", "keras", "nnx"))
-            lines.append(f"| `{parameter.name}` | {axes} | {shape} | {leaves} |")
+            lines.append(row(parameter))
     return "\n".join(lines) + "\n"
+
+
+def heads(config: OPTConfig) -> str:
+    """The tensors of the other heads, with the classes that have them."""
+    lines = [
+        "\n## Other heads\n",
+        "They stand in place of `lm_head` on the same decoder; the shapes are those of OPT-350m with two labels.\n",
+    ]
+    for head, architecture in ARCHITECTURES.items():
+        if head not in (None, "lm"):
+            table = [parameter for parameter in parameter_table(config, head=head) if head_of(parameter.name) == head]
+            lines += [f"`{architecture}`:\n", *HEADER, *map(row, table), ""]
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def page() -> str:
@@ -58,6 +78,7 @@ def page() -> str:
     sections = [
         section("OPT-125m: pre-norm, as all sizes but one", OPTConfig.from_size("125m")),
         section("OPT-350m: post-norm, with projections", OPTConfig.from_size("350m")),
+        heads(OPTConfig.from_size("350m")),
     ]
     return INTRODUCTION + "".join(sections)
 

@@ -21,6 +21,11 @@ LAYER_NORM_EPS = 1e-5
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish", "tanh")
 """Values of `activation_function` that every backend computes; `opt_common.reference` defines each of them."""
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+"""Values of `problem_type`: which loss a sequence classifier has."""
+
+_DEFAULT_NUM_LABELS = 2
+
 _SIZES: Mapping[str, Mapping[str, Any]] = {
     "125m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
     "350m": {
@@ -69,6 +74,11 @@ class OPTConfig:
         enable_bias: whether the linear layers inside the decoder layers have biases.
         layer_norm_elementwise_affine: whether the layer norms have a scale and a shift.
         tie_word_embeddings: whether the head is the token table.
+        num_labels: C, outputs of a sequence classifier; None means as many as `id2label` has, which without it are
+            two. A `config.json` holds the labels instead of their number.
+        id2label: name of each output; None means "LABEL_0", "LABEL_1", ….
+        label2id: output of each name; None means the inverse of `id2label`.
+        problem_type: one of `PROBLEM_TYPES`, or None: each call with labels then infers it (`problem_type_of`).
         dtype: dtype that the checkpoint's tensors are stored in ("float16", …), or None when unknown.
         extra: every other key of the `config.json` that was read; written back as it came.
 
@@ -97,12 +107,19 @@ class OPTConfig:
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
+    # None only until __post_init__:
+    num_labels: int = None  # pyright: ignore[reportAssignmentType]
+    id2label: Mapping[int, str] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
+    label2id: Mapping[str, int] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
+    problem_type: str | None = None
     dtype: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:  # pyright: ignore[reportUnnecessaryComparison]
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
+        for name, value in _labels(self.num_labels, self.id2label, self.label2id).items():
+            object.__setattr__(self, name, value)
         if problems := _problems(self):
             raise ConfigError("OPTConfig: " + join_problems(problems))
 
@@ -177,6 +194,12 @@ class OPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `config.json` that `from_dict` and Hugging Face read back to the same model."""
         values = {**self.extra, **{name: getattr(self, name) for name in _FIELDS}}
+        # As Hugging Face writes them: the labels, unless they are the default ones, and never their number.
+        del values["num_labels"]
+        if _labels(None, None, None) == {name: getattr(self, name) for name in ("num_labels", "id2label", "label2id")}:
+            del values["id2label"], values["label2id"]
+        if self.problem_type is None:
+            del values["problem_type"]
         # Every version of transformers reads `torch_dtype`; only recent ones read `dtype`.
         values["torch_dtype"] = values.pop("dtype")
         if values["torch_dtype"] is None:
@@ -188,11 +211,76 @@ class OPTConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """A copy with some fields changed. Changed labels change their number, and a changed number the labels."""
+        labels = {"num_labels", "id2label", "label2id"}
+        if labels & changes.keys():
+            changes = {**dict.fromkeys(labels), **changes}
         return dataclasses.replace(self, **changes)
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(OPTConfig)) - {"extra"}
+
+
+def problem_type_of(config: OPTConfig, labels_dtype: object) -> str:
+    """THE rule of a sequence classifier's loss: `problem_type`, or what Hugging Face infers where it is None.
+
+    One output makes a regression; integer labels choose one of several outputs; others say yes or no to each. What is
+    inferred holds for one call: Hugging Face stores it in the configuration, where a second kind of labels then fails.
+
+    Args:
+        config: the model's configuration.
+        labels_dtype: dtype of the labels, of NumPy or of any of the three frameworks.
+    """
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    # In every framework the names of the integer dtypes, and no others, contain these letters.
+    return "single_label_classification" if "int" in str(labels_dtype) else "multi_label_classification"
+
+
+def _numbered_labels(count: int) -> dict[int, str]:
+    return {index: f"LABEL_{index}" for index in range(count)}
+
+
+def _labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
+    """The three fields about labels, each derived from the others where it is None; `_problems` judges the result."""
+    if id2label is None and isinstance(label2id, Mapping):
+        id2label = {index: name for name, index in cast("Mapping[Any, Any]", label2id).items()}
+    if id2label is None:
+        count = _DEFAULT_NUM_LABELS if num_labels is None else num_labels
+        id2label = _numbered_labels(count if _is_int(count) else 0)
+    elif isinstance(id2label, Mapping):
+        # JSON has texts for keys.
+        items = cast("Mapping[Any, Any]", id2label).items()
+        id2label = {int(key) if str(key).isdecimal() else key: name for key, name in items}
+    if label2id is None and isinstance(id2label, Mapping):
+        label2id = {name: index for index, name in cast("Mapping[Any, Any]", id2label).items()}
+    if num_labels is None and isinstance(id2label, Mapping):
+        num_labels = len(cast("Mapping[Any, Any]", id2label))
+    return {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
+
+
+def _label_problems(config: OPTConfig) -> list[str]:
+    """What is wrong with the fields of sequence classification."""
+    problems: list[str] = []
+    id2label, label2id, problem_type = cast(
+        "tuple[Any, Any, Any]", (config.id2label, config.label2id, config.problem_type)
+    )
+    if not isinstance(id2label, Mapping):
+        return [f"id2label is {id2label!r}, expected a name for the number of each output."]
+    if not _is_int(config.num_labels) or config.num_labels < 1:
+        return [f"num_labels is {config.num_labels!r}, expected a positive integer."]
+    if set(cast("Mapping[Any, Any]", id2label)) != set(range(config.num_labels)):
+        problems.append(
+            f"id2label is {id2label!r}, expected a name for each output from 0 to num_labels - 1 "
+            f"({config.num_labels - 1})."
+        )
+    if not isinstance(label2id, Mapping):
+        problems.append(f"label2id is {label2id!r}, expected the number of the output for each name.")
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
+        problems.append(f"problem_type is {problem_type!r}, expected null or one of {', '.join(PROBLEM_TYPES)}.")
+    return problems
 
 
 def _problems(config: OPTConfig) -> list[str]:
@@ -242,7 +330,7 @@ def _problems(config: OPTConfig) -> list[str]:
         check(name, token is None or in_table, f"null or an id from 0 to vocab_size - 1 ({config.vocab_size})")
     dtype: Any = config.dtype
     check("dtype", dtype is None or isinstance(dtype, str), "null or the name of a dtype")
-    return problems
+    return problems + _label_problems(config)
 
 
 def _is_int(value: object) -> bool:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from opt_common.config import POSITION_OFFSET, OPTConfig
 from opt_common.errors import InputError, join_problems
+from opt_common.params import Head
+from opt_common.reference import IGNORED_LABEL
 
 DROPPED_ARGUMENTS = {
     "return_dict": "results are always records; read .logits, .loss, … from them",
@@ -45,23 +47,31 @@ def check_inputs(
     values: Mapping[str, npt.NDArray[Any]],
     past_length: int | None = 0,
     past_shape: tuple[int, ...] | None = None,
+    head: Head | None = "lm",
+    problem_type: str | None = None,
 ) -> None:
     """Check the arguments of one call.
 
     Args:
         config: the model's configuration.
-        shapes: shape of each array given among input_ids, inputs_embeds, attention_mask, position_ids and labels.
+        shapes: shape of each array given among input_ids, inputs_embeds, attention_mask, position_ids, labels,
+            start_positions and end_positions.
         values: those whose values are known on the host; under a compiler there are none.
         past_length: number of tokens in the cache, or None when a compiler traces it.
         past_shape: shape (B, S, N, H) of the cache's buffers, or None without a cache.
+        head: the head that the labels are for.
+        problem_type: what `opt_common.config.problem_type_of` says of a sequence classifier's labels.
 
     Raises:
         InputError: naming everything that is wrong.
     """
     problems = _shape_problems(config, shapes, past_length, past_shape)
+    if not problems:
+        problems = _target_shape_problems(config, shapes, head, problem_type)
     # Wrong shapes make the values meaningless: tell of the shapes alone.
     if not problems:
         problems = _value_problems(config, shapes, values, past_length)
+        problems += _target_value_problems(config, values, head, problem_type)
     if problems:
         raise InputError(join_problems(problems))
 
@@ -88,9 +98,10 @@ def _shape_problems(
     problems: list[str] = []
     if past_shape is not None and past_shape[0] != batch:
         problems.append(f"The cache has {past_shape[0]} rows, but the input has {batch}. Give each row its own.")
-    for name in ("position_ids", "labels"):
-        if name in shapes and shapes[name] != (batch, length):
-            problems.append(f"{name} has shape {shapes[name]}, expected {(batch, length)} as the input has.")
+    if "position_ids" in shapes and shapes["position_ids"] != (batch, length):
+        problems.append(
+            f"position_ids has shape {shapes['position_ids']}, expected {(batch, length)} as the input has."
+        )
     if "attention_mask" in shapes:
         past_capacity = past_shape[1] if past_shape is not None else 0
         widths = {past_capacity} if past_length is None else {past_length + length, past_capacity} - {0}
@@ -124,9 +135,55 @@ def _value_problems(
         problems.append(f"The input is {longest} tokens long, but this model has positions for {limit}. Shorten it.")
     if "input_ids" in values:
         problems += _range_problem("input_ids", values["input_ids"], 0, config.vocab_size - 1)
-    if "labels" in values:
+    return problems
+
+
+def _target_shape_problems(
+    config: OPTConfig, shapes: Mapping[str, tuple[int, ...]], head: Head | None, problem_type: str | None
+) -> list[str]:
+    """What a head cannot learn from, or not choose a position by."""
+    batch, length = shapes.get("input_ids") or shapes["inputs_embeds"][:2]
+    problems: list[str] = []
+    if head == "lm" and shapes.get("labels", (batch, length)) != (batch, length):
+        problems.append(f"labels has shape {shapes['labels']}, expected {(batch, length)} as the input has.")
+    if head == "sequence_classification":
+        if batch > 1 and config.pad_token_id is None and "input_ids" in shapes and "attention_mask" not in shapes:
+            problems.append(
+                f"There are {batch} rows, but without pad_token_id or attention_mask nobody can tell where each ends. "
+                "Give attention_mask, or set pad_token_id in the configuration."
+            )
+        one_each = problem_type == "single_label_classification" or (
+            problem_type == "regression" and config.num_labels == 1
+        )
+        expected = {(batch,), (batch, 1)} if one_each else {(batch, config.num_labels)}
+        if "labels" in shapes and shapes["labels"] not in expected:
+            problems.append(
+                f"labels has shape {shapes['labels']}, expected {' or '.join(map(str, sorted(expected)))} for "
+                f"{problem_type} with {config.num_labels} labels."
+            )
+    ends = [name for name in ("start_positions", "end_positions") if name in shapes]
+    if len(ends) == 1:
+        problems.append(f"Got {ends[0]} alone, expected both start_positions and end_positions, or neither.")
+    problems += [
+        f"{name} has shape {shapes[name]}, expected {(batch,)}: one for each row."
+        for name in ends
+        if shapes[name] not in {(batch,), (batch, 1)}
+    ]
+    return problems
+
+
+def _target_value_problems(
+    config: OPTConfig, values: Mapping[str, npt.NDArray[Any]], head: Head | None, problem_type: str | None
+) -> list[str]:
+    problems = [
+        f"{name} has dtype {values[name].dtype}, expected integers."
+        for name in ("start_positions", "end_positions")
+        if name in values and values[name].dtype.kind not in "iu"
+    ]
+    classes = {"lm": config.vocab_size, "sequence_classification": config.num_labels}.get(head or "")
+    if "labels" in values and classes is not None and (head == "lm" or problem_type == "single_label_classification"):
         labels = values["labels"]
-        problems += _range_problem("labels", labels[labels != -100], 0, config.vocab_size - 1)
+        problems += _range_problem("labels", labels[labels != IGNORED_LABEL], 0, classes - 1)
     return problems
 
 

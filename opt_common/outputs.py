@@ -47,6 +47,46 @@ class OPTModelOutput(ModelOutput):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OPTSequenceClassifierOutput(ModelOutput):
+    """Result of a sequence classifier.
+
+    Attributes:
+        loss: scalar, at least float32, if labels were given.
+        logits: (B, C), in the model's dtype, from the position that `opt_common.reference.pooled_positions` chooses.
+        past_key_values: as in `OPTModelOutput`.
+        hidden_states: as in `OPTModelOutput`.
+        attentions: as in `OPTModelOutput`.
+    """
+
+    loss: Any = None
+    logits: Any
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OPTQuestionAnsweringOutput(ModelOutput):
+    """Result of extractive question answering.
+
+    Attributes:
+        loss: scalar, at least float32, if positions of start and end were given.
+        start_logits: (B, T), in the model's dtype: how well an answer begins there.
+        end_logits: (B, T), in the model's dtype: how well an answer ends there, its last token included.
+        past_key_values: as in `OPTModelOutput`.
+        hidden_states: as in `OPTModelOutput`.
+        attentions: as in `OPTModelOutput`.
+    """
+
+    loss: Any = None
+    start_logits: Any
+    end_logits: Any
+    past_key_values: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class OPTCausalLMOutput(ModelOutput):
     """Result of a language model.
 

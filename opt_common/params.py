@@ -6,13 +6,31 @@ the tests and a page of the documentation all read it here; nothing else in the 
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from opt_common.config import POSITION_OFFSET, OPTConfig
 
 Scheme = Literal["torch", "keras", "nnx"]
 """Whose leaf names and layouts: those of PyTorch, Keras or Flax, and of Hugging Face's checkpoints for each."""
+
+Head = Literal["lm", "sequence_classification", "question_answering"]
+"""What stands on a decoder; without a head it is bare, which is written None."""
+
+ARCHITECTURES: Mapping[Head | None, str] = {
+    None: "OPTModel",
+    "lm": "OPTForCausalLM",
+    "sequence_classification": "OPTForSequenceClassification",
+    "question_answering": "OPTForQuestionAnswering",
+}
+"""Head -> its class, as a `config.json` names it; TensorFlow's and Flax's have a prefix."""
+
+HEAD_MODULES: Mapping[str, Head] = {
+    "lm_head": "lm",
+    "score": "sequence_classification",
+    "qa_outputs": "question_answering",
+}
+"""Module that a head's tensors are in -> the head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +60,8 @@ class Parameter:
     Attributes:
         name: canonical name, which is Hugging Face's torch name in an `OPTForCausalLM`.
         kind: key of `LEAVES`.
-        axes: one letter an axis: V vocabulary, E word_embed_proj_dim, D hidden_size, F ffn_dim, P position rows.
+        axes: one letter an axis: V vocabulary, E word_embed_proj_dim, D hidden_size, F ffn_dim, P position rows,
+            C num_labels; 2 is the pair of start and end.
         shape: length of each axis, in the canonical layout.
     """
 
@@ -76,12 +95,17 @@ def module_kind(module: str) -> str:
     return "layer_norm" if module.endswith("layer_norm") else "linear"
 
 
-def parameter_table(config: OPTConfig, *, head: Literal["lm"] | None = "lm") -> tuple[Parameter, ...]:
+def head_of(name: str) -> Head | None:
+    """The head that a tensor with this canonical name belongs to; None for the decoder's."""
+    return HEAD_MODULES.get(name.partition(".")[0])
+
+
+def parameter_table(config: OPTConfig, *, head: Head | None = "lm") -> tuple[Parameter, ...]:
     """Every tensor of a model of this configuration, in the order of Hugging Face's `state_dict`.
 
     Args:
         config: the model's configuration.
-        head: "lm" for a language model, None for the bare decoder. A tied head is not a parameter.
+        head: what stands on the decoder, None for nothing. A tied head of a language model is not a parameter.
     """
     return tuple(_parameters(config, head))
 
@@ -91,13 +115,15 @@ def count_parameters(config: OPTConfig) -> int:
     return sum(parameter.size for parameter in parameter_table(config))
 
 
-def _parameters(config: OPTConfig, head: str | None) -> Iterator[Parameter]:
+def _parameters(config: OPTConfig, head: Head | None) -> Iterator[Parameter]:
     lengths = {
         "V": config.vocab_size,
         "E": config.word_embed_proj_dim,
         "D": config.hidden_size,
         "F": config.ffn_dim,
         "P": config.max_position_embeddings + POSITION_OFFSET,
+        "C": config.num_labels,
+        "2": 2,
     }
 
     def parameter(module: str, leaf: str, axes: str) -> Parameter:
@@ -132,3 +158,9 @@ def _parameters(config: OPTConfig, head: str | None) -> Iterator[Parameter]:
         yield from layer_norm(f"{layer}.final_layer_norm")
     if head == "lm" and not config.tie_word_embeddings:
         yield parameter("lm_head", "weight", "VE")
+    if head == "sequence_classification":
+        yield parameter("score", "weight", "CE")
+    if head == "question_answering":
+        # This one has a bias, whatever enable_bias says.
+        yield parameter("qa_outputs", "weight", "2E")
+        yield parameter("qa_outputs", "bias", "2")

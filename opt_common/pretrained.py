@@ -1,8 +1,11 @@
 """What `from_pretrained` does alike in the three backends."""
 
 import warnings
+from collections.abc import Mapping
 
+from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
+from opt_common.params import Head, Parameter, head_of, parameter_table
 
 MODEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 """Dtypes a model can have. The first is what `from_pretrained` gives when it is not told."""
@@ -31,3 +34,37 @@ def choose_dtype(requested: str | None, stored: str) -> str:
     if name not in MODEL_DTYPES:
         raise CheckpointError(f"dtype is {name!r}, expected one of {', '.join(MODEL_DTYPES)} or 'auto'.")
     return name
+
+
+def with_labels(
+    config: OPTConfig,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    label2id: Mapping[str, int] | None = None,
+    problem_type: str | None = None,
+) -> OPTConfig:
+    """A configuration with those of its fields of sequence classification changed that are given.
+
+    Raises:
+        ConfigError: for labels that contradict each other.
+    """
+    changes = {"num_labels": num_labels, "id2label": id2label, "label2id": label2id, "problem_type": problem_type}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return config.replace(**changes) if changes else config
+
+
+def split_table(
+    config: OPTConfig, head: Head | None, *, new_head: bool
+) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...]]:
+    """The rows of the parameter table that are loaded, and those that are made anew: the head's, if that is asked for.
+
+    Raises:
+        CheckpointError: if a new head is asked for and the model has none, or one that is the token table.
+    """
+    table = parameter_table(config, head=head)
+    if not new_head:
+        return table, ()
+    new = tuple(parameter for parameter in table if head_of(parameter.name) is not None)
+    if not new:
+        raise CheckpointError("new_head is True, but this model has no head with weights of its own. Leave it out.")
+    return tuple(parameter for parameter in table if parameter not in new), new

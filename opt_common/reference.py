@@ -3,9 +3,11 @@
     ids BT ── embed_tokens ──▶ BTE ── project_in ──▶ BTD ─┐
     positions BT ── embed_positions ───────────────▶ BTD ─┴ + ─▶ layers ─▶ final_layer_norm ─▶ project_out ─▶ BTE
     BTE ── head (token table, unless untied) ──▶ logits BTV
+    BTE ── pooled position ──▶ BE ── score ──▶ logits BC           BTE ── qa_outputs ──▶ logits of start and end BT
 
 Axis letters: B batch, T query length, S key length, D hidden_size, N heads, H head_dim, F ffn_dim,
-E word_embed_proj_dim, V vocabulary. Weights are canonical (`opt_common.params`): a linear weight is (out, in).
+E word_embed_proj_dim, V vocabulary, C labels. Weights are canonical (`opt_common.params`): a linear weight is
+(out, in).
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
 
 Array: TypeAlias = npt.NDArray[Any]
 Params: TypeAlias = Mapping[str, Array]
@@ -48,6 +50,36 @@ class ReferenceOutput:
     loss: float | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceClassification:
+    """Result of `classify`, float64.
+
+    Attributes:
+        logits: (B, C).
+        positions: (B,), the position that each row's logits are from.
+        loss: the loss of the labels, or None without labels.
+    """
+
+    logits: Array
+    positions: Array
+    loss: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ReferenceAnswer:
+    """Result of `answer`, float64.
+
+    Attributes:
+        start_logits: (B, T).
+        end_logits: (B, T).
+        loss: the loss of the positions, or None without them.
+    """
+
+    start_logits: Array
+    end_logits: Array
+    loss: float | None
+
+
 def forward(
     config: OPTConfig,
     params: Params,
@@ -69,6 +101,91 @@ def forward(
         inputs_embeds: (B, T, E), in place of the rows of the token table.
         labels: (B, T) ids; position t is scored on label t + 1, and `IGNORED_LABEL` does not count.
     """
+    hidden_states, attentions = decode(
+        config, params, input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+    )
+    weights = _Weights(params)
+    head_VE = weights["model.decoder.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
+    logits_BTV = hidden_states[-1] @ head_VE.T
+    return ReferenceOutput(
+        logits=logits_BTV,
+        last_hidden_state=hidden_states[-1],
+        hidden_states=hidden_states,
+        attentions=attentions,
+        loss=None if labels is None else causal_lm_loss(logits_BTV, np.asarray(labels)),
+    )
+
+
+def classify(
+    config: OPTConfig,
+    params: Params,
+    input_ids: Array | None = None,
+    attention_mask: Array | None = None,
+    *,
+    position_ids: Array | None = None,
+    inputs_embeds: Array | None = None,
+    labels: Array | None = None,
+) -> ReferenceClassification:
+    """A sequence classifier without dropout.
+
+    Args:
+        labels: (B,) integers from 0 to C - 1 or `IGNORED_LABEL`, (B, C) of 0 and 1, or (B, C) of any numbers (with one
+            label, (B,)), as `problem_type_of` says.
+
+    The other arguments are those of `forward`.
+    """
+    hidden_states, _ = decode(
+        config, params, input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+    )
+    hidden_BTE = hidden_states[-1]
+    B, T = hidden_BTE.shape[:2]
+    positions_B = np.broadcast_to(pooled_positions(config, T, input_ids, attention_mask), (B,))
+    pooled_BE = np.take_along_axis(hidden_BTE, positions_B[:, None, None], axis=1)[:, 0]
+    logits_BC = linear(pooled_BE, _Weights(params, "score."))
+    loss = None if labels is None else sequence_classification_loss(config, logits_BC, np.asarray(labels))
+    return ReferenceClassification(logits=logits_BC, positions=positions_B, loss=loss)
+
+
+def answer(
+    config: OPTConfig,
+    params: Params,
+    input_ids: Array | None = None,
+    attention_mask: Array | None = None,
+    *,
+    position_ids: Array | None = None,
+    inputs_embeds: Array | None = None,
+    start_positions: Array | None = None,
+    end_positions: Array | None = None,
+) -> ReferenceAnswer:
+    """Extractive question answering without dropout.
+
+    Args:
+        start_positions: (B,) integers, where each answer begins; see `question_answering_loss`.
+        end_positions: (B,) integers, where each answer ends.
+
+    The other arguments are those of `forward`.
+    """
+    hidden_states, _ = decode(
+        config, params, input_ids, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+    )
+    logits_BT2 = linear(hidden_states[-1], _Weights(params, "qa_outputs."))
+    start_BT, end_BT = logits_BT2[..., 0], logits_BT2[..., 1]
+    loss = None
+    if start_positions is not None and end_positions is not None:
+        loss = question_answering_loss(start_BT, end_BT, np.asarray(start_positions), np.asarray(end_positions))
+    return ReferenceAnswer(start_logits=start_BT, end_logits=end_BT, loss=loss)
+
+
+def decode(
+    config: OPTConfig,
+    params: Params,
+    input_ids: Array | None,
+    attention_mask: Array | None,
+    *,
+    position_ids: Array | None = None,
+    inputs_embeds: Array | None = None,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The bare decoder: `hidden_states` and `attentions` of `ReferenceOutput`. Arguments are those of `forward`."""
     weights = _Weights(params)
     tokens_BTE = (
         weights["model.decoder.embed_tokens.weight"][input_ids]
@@ -99,16 +216,7 @@ def forward(
     if config.has_projection:
         hidden_BTE = hidden_BTD @ weights["model.decoder.project_out.weight"].T
     hidden_states.append(hidden_BTE)
-
-    head_VE = weights["model.decoder.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    logits_BTV = hidden_BTE @ head_VE.T
-    return ReferenceOutput(
-        logits=logits_BTV,
-        last_hidden_state=hidden_BTE,
-        hidden_states=tuple(hidden_states),
-        attentions=tuple(attentions),
-        loss=None if labels is None else causal_lm_loss(logits_BTV, np.asarray(labels)),
-    )
+    return tuple(hidden_states), tuple(attentions)
 
 
 def generate_greedy(
@@ -148,6 +256,38 @@ def attention_bias(attention_mask_BT: Array) -> Array:
     return np.where(allowed_BNTS, 0.0, MASKED)
 
 
+def pooled_positions(
+    config: OPTConfig, length: int, input_ids: Array | None, attention_mask: Array | None
+) -> npt.NDArray[np.int64]:
+    """THE pooling rule, (B,) or, where nothing tells the rows apart, (1,): the position that a sequence is judged by.
+
+    It is the rightmost one that is attended to and does not hold the pad id, whichever side the padding is on. Without
+    a mask every position counts as attended to; without ids, or without a pad id, every one as no padding. A row that
+    is nothing but pad ids is judged by the first position attended to.
+
+    Hugging Face looks at the ids alone. The two agree unless the mask hides an ordinary token at the end of a row, or
+    there are embeddings in place of ids: then Hugging Face takes the last column, padding or not.
+
+    Args:
+        config: the model's configuration; its `pad_token_id` is used.
+        length: T.
+        input_ids: (B, T) integers, or None.
+        attention_mask: (B, T) of 1 and 0, or None.
+    """
+    attended_BT = np.ones((1, length), dtype=bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    counted_BT = attended_BT
+    if input_ids is not None and config.pad_token_id is not None:
+        counted_BT = attended_BT & (np.asarray(input_ids) != config.pad_token_id)
+    attended_BT = np.broadcast_to(attended_BT, counted_BT.shape)
+
+    def choose(counted_T: Array, attended_T: Array) -> int:
+        return int(np.flatnonzero(counted_T)[-1]) if counted_T.any() else int(attended_T.argmax())
+
+    return np.array(
+        [choose(counted_T, attended_T) for counted_T, attended_T in zip(counted_BT, attended_BT, strict=True)]
+    )
+
+
 def decoder_layer(config: OPTConfig, weights: "_Weights", hidden_BTD: Array, bias_BNTS: Array) -> tuple[Array, Array]:
     """One layer: attention, then feed-forward, each added to its input; normed before (pre-norm) or after (350m)."""
     pre_norm = config.do_layer_norm_before
@@ -182,12 +322,52 @@ def attention(config: OPTConfig, weights: "_Weights", hidden_BTD: Array, bias_BN
 
 def causal_lm_loss(logits_BTV: Array, labels_BT: Array) -> float:
     """Mean cross-entropy of label t + 1 under the logits at t, over the labels that count; NaN if none does."""
-    logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-    counted_BT = labels_BT != IGNORED_LABEL
-    shifted_BTV = logits_BTV - logits_BTV.max(-1, keepdims=True)
-    log_probs_BTV = shifted_BTV - np.log(np.exp(shifted_BTV).sum(-1, keepdims=True))
-    picked_BT = np.take_along_axis(log_probs_BTV, np.where(counted_BT, labels_BT, 0)[..., None], axis=-1)[..., 0]
-    return -float(picked_BT[counted_BT].sum()) / count if (count := int(counted_BT.sum())) else math.nan
+    return cross_entropy(logits_BTV[:, :-1], labels_BT[:, 1:])
+
+
+def sequence_classification_loss(config: OPTConfig, logits_BC: Array, labels: Array) -> float:
+    """The loss of a sequence classifier, by `problem_type_of`: a mean over rows, and over labels where each counts.
+
+    Single-label: cross-entropy, `IGNORED_LABEL` not counted. Multi-label: binary cross-entropy of each label's logit.
+    Regression: squared error.
+    """
+    kind = problem_type_of(config, labels.dtype)
+    if kind == "single_label_classification":
+        return cross_entropy(logits_BC, labels.reshape(-1))
+    labels_BC = labels.reshape(logits_BC.shape).astype(np.float64)
+    if kind == "regression":
+        return float(((logits_BC - labels_BC) ** 2).mean())
+    # -log(sigmoid(x)) = log(1 + exp(-x)), and -log(1 - sigmoid(x)) is x more.
+    return float((np.logaddexp(0.0, -logits_BC) + (1.0 - labels_BC) * logits_BC).mean())
+
+
+def question_answering_loss(start_BT: Array, end_BT: Array, start_positions: Array, end_positions: Array) -> float:
+    """Mean of the cross-entropies of start and end over all T positions, those that a mask hides included.
+
+    Hugging Face's rule: a position before the first is taken for the first, and one behind the last does not count, as
+    of an answer that was cut off. A side where none counts makes the loss NaN.
+    """
+    T = start_BT.shape[1]
+
+    def one(logits_BT: Array, positions: Array) -> float:
+        positions_B = np.maximum(positions.reshape(-1), 0)
+        return cross_entropy(logits_BT, np.where(positions_B < T, positions_B, IGNORED_LABEL))
+
+    return (one(start_BT, start_positions) + one(end_BT, end_positions)) / 2
+
+
+def cross_entropy(logits: Array, labels: Array) -> float:
+    """Mean of -log softmax(logits) at the labels, over those that are not `IGNORED_LABEL`; NaN if all are.
+
+    Args:
+        logits: (…, classes).
+        labels: (…) integers.
+    """
+    counted = labels != IGNORED_LABEL
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_probs, np.where(counted, labels, 0)[..., None], axis=-1)[..., 0]
+    return -float(picked[counted].sum()) / count if (count := int(counted.sum())) else math.nan
 
 
 def linear(x: Array, weights: "_Weights") -> Array:

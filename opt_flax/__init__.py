@@ -7,13 +7,27 @@ from opt_common.frameworks import lazy_exports
 
 if TYPE_CHECKING:
     from opt_flax.cache import KVCache
+    from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
     from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel
 
-__all__ = ["FlaxOPTForCausalLM", "FlaxOPTModel", "KVCache", "OPTConfig"]
+__all__ = [
+    "FlaxOPTForCausalLM",
+    "FlaxOPTForQuestionAnswering",
+    "FlaxOPTForSequenceClassification",
+    "FlaxOPTModel",
+    "KVCache",
+    "OPTConfig",
+]
 
 __getattr__ = lazy_exports(
     __name__,
-    {"KVCache": "cache", "FlaxOPTForCausalLM": "modeling", "FlaxOPTModel": "modeling"},
+    {
+        "KVCache": "cache",
+        "FlaxOPTForCausalLM": "modeling",
+        "FlaxOPTForQuestionAnswering": "heads",
+        "FlaxOPTForSequenceClassification": "heads",
+        "FlaxOPTModel": "modeling",
+    },
     framework="JAX and Flax",
     modules=("jax", "flax"),
     extra="flax",

@@ -23,11 +23,12 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_flax.cache import KVCache, append
@@ -513,6 +514,10 @@ def check(
     attention_mask: ArrayLike | None = None,
     position_ids: ArrayLike | None = None,
     labels: ArrayLike | None = None,
+    start_positions: ArrayLike | None = None,
+    end_positions: ArrayLike | None = None,
+    *,
+    head: Head | None = "lm",
 ) -> None:
     """Hold the arguments against `opt_common.inputs.check_inputs`; under a compiler, their shapes only."""
     arrays = {
@@ -521,6 +526,8 @@ def check(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": labels,
+        "start_positions": start_positions,
+        "end_positions": end_positions,
     }
     arrays = {name: array for name, array in arrays.items() if array is not None}
     length = 0 if past_key_values is None else past_key_values.length
@@ -534,4 +541,6 @@ def check(
         },
         past_length=None if isinstance(length, Tracer) else int(length),
         past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
+        head=head,
+        problem_type=problem_type_of(config, jnp.asarray(arrays["labels"]).dtype) if "labels" in arrays else None,
     )

@@ -7,13 +7,27 @@ from opt_common.frameworks import lazy_exports
 
 if TYPE_CHECKING:
     from opt_tf.cache import KVCache
+    from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTModel
 
-__all__ = ["KVCache", "OPTConfig", "TFOPTForCausalLM", "TFOPTModel"]
+__all__ = [
+    "KVCache",
+    "OPTConfig",
+    "TFOPTForCausalLM",
+    "TFOPTForQuestionAnswering",
+    "TFOPTForSequenceClassification",
+    "TFOPTModel",
+]
 
 __getattr__ = lazy_exports(
     __name__,
-    {"KVCache": "cache", "TFOPTForCausalLM": "modeling", "TFOPTModel": "modeling"},
+    {
+        "KVCache": "cache",
+        "TFOPTForCausalLM": "modeling",
+        "TFOPTForQuestionAnswering": "heads",
+        "TFOPTForSequenceClassification": "heads",
+        "TFOPTModel": "modeling",
+    },
     framework="TensorFlow and Keras 3",
     modules=("tensorflow", "keras"),
     extra="tf",

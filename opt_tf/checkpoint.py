@@ -1,8 +1,9 @@
 """Loading and saving Keras models, from and to any checkpoint format; the formats themselves are in `conversion`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import tensorflow as tf
@@ -11,14 +12,14 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
-from opt_common.params import Parameter, parameter_table
-from opt_common.pretrained import choose_dtype
+from opt_common.params import Head, Parameter, parameter_table
+from opt_common.pretrained import choose_dtype, split_table, with_labels
 
 
 class Pretrained:
     """What every model class can do with checkpoints."""
 
-    head: ClassVar[Literal["lm"] | None]
+    head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -33,6 +34,11 @@ class Pretrained:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        new_head: bool = False,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
     ) -> Self:
         """Load a checkpoint.
 
@@ -45,6 +51,12 @@ class Pretrained:
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
+            new_head: whether to start with a new head, whatever the checkpoint has. Without it, a checkpoint of another
+                class is refused where its head is missing: nothing is drawn at random unasked.
+            num_labels: outputs of a sequence classifier, in place of what the configuration says.
+            id2label: name of each output, likewise.
+            label2id: output of each name, likewise.
+            problem_type: one of `opt_common.config.PROBLEM_TYPES`, likewise.
 
         Raises:
             CheckpointError: if there is no such checkpoint, it is damaged, or its tensors do not fit its configuration.
@@ -59,9 +71,9 @@ class Pretrained:
             local_files_only=local_files_only,
         )
         with open_checkpoint(directory, prefer="tf") as checkpoint:
-            config = checkpoint.config
-            table = parameter_table(config, head=cls.head)
-            checked_parameters(checkpoint, table)
+            config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
+            table, new = split_table(config, cls.head, new_head=new_head)
+            checked_parameters(checkpoint, table, new=new)
             requested = dtype.name if isinstance(dtype, tf.DType) else dtype
             stored = checkpoint.info(table[0].name).dtype.name
             name = choose_dtype(requested, stored)
@@ -69,6 +81,9 @@ class Pretrained:
             model = cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, new_weights=False)
             for parameter in table:
                 array = checkpoint.read(parameter.name)
+                assign(model, parameter, to_array(array, parameter, name))
+            for parameter in new:
+                array = new_values(config, parameter)
                 assign(model, parameter, to_array(array, parameter, name))
         if cls.head == "lm":
             model.generation_config = GenerationConfig.from_directory(Path(directory), config)
@@ -121,11 +136,18 @@ def assign(model: Any, parameter: Parameter, array: np.ndarray) -> None:
 def local_place(model: Any, parameter: Parameter) -> tuple[Any, str]:
     """The submodule of a model that holds a parameter, and the parameter's name there."""
     path = parameter.path("keras")
-    *modules, leaf = path if model.head == "lm" else path[1:]
+    *modules, leaf = path[1:] if model.head is None else path
     module = model
     for name in modules:
         module = module[int(name)] if name.isdecimal() else getattr(module, name)
     return module, leaf
+
+
+def new_values(config: OPTConfig, parameter: Parameter) -> np.ndarray:
+    """What a new linear layer starts with: a normal weight of deviation `init_std`, and a bias of zeros."""
+    if parameter.kind == "linear.bias":
+        return np.zeros(parameter.shape, np.float32)
+    return tf.random.normal(parameter.shape, stddev=config.init_std).numpy()
 
 
 def to_array(array: np.ndarray, parameter: Parameter, dtype: str) -> np.ndarray:

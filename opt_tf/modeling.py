@@ -25,11 +25,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_tf.cache import KVCache, append, is_traced
@@ -594,7 +595,7 @@ class Builder:
         return keras.layers.Dropout(rate, dtype=self.dtype)
 
 
-def check_call(model: keras.Model, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model call by name, checked. Outside `call`, where Keras would bury an error's sentence."""
     if arguments and isinstance(arguments[0], Mapping):
         options = {**arguments[0], **options}
@@ -602,8 +603,9 @@ def check_call(model: keras.Model, arguments: tuple[Any, ...], options: dict[str
     signature = inspect.signature(model.call)
     reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
-    names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
-    check(model.config, **{name: options.get(name) for name in names})
+    names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    targets = ("labels", "start_positions", "end_positions")
+    check(model.config, **{name: options.get(name) for name in names + targets}, head=model.head)
     return options
 
 
@@ -615,6 +617,10 @@ def check(
     attention_mask: Any | None = None,
     position_ids: Any | None = None,
     labels: Any | None = None,
+    start_positions: Any | None = None,
+    end_positions: Any | None = None,
+    *,
+    head: Head | None = "lm",
 ) -> None:
     """Hold the arguments against `opt_common.inputs.check_inputs`; under a compiler, their shapes only."""
     arrays = {
@@ -623,6 +629,8 @@ def check(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": labels,
+        "start_positions": start_positions,
+        "end_positions": end_positions,
     }
     arrays = {
         name: array if hasattr(array, "shape") else np.asarray(array)
@@ -642,4 +650,6 @@ def check(
         },
         past_length=None if is_traced(length) else int(length),
         past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
+        head=head,
+        problem_type=problem_type_of(config, arrays["labels"].dtype) if "labels" in arrays else None,
     )

@@ -7,13 +7,27 @@ from opt_common.frameworks import lazy_exports
 
 if TYPE_CHECKING:
     from opt_torch.cache import KVCache
+    from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
     from opt_torch.modeling import OPTForCausalLM, OPTModel
 
-__all__ = ["KVCache", "OPTConfig", "OPTForCausalLM", "OPTModel"]
+__all__ = [
+    "KVCache",
+    "OPTConfig",
+    "OPTForCausalLM",
+    "OPTForQuestionAnswering",
+    "OPTForSequenceClassification",
+    "OPTModel",
+]
 
 __getattr__ = lazy_exports(
     __name__,
-    {"KVCache": "cache", "OPTForCausalLM": "modeling", "OPTModel": "modeling"},
+    {
+        "KVCache": "cache",
+        "OPTForCausalLM": "modeling",
+        "OPTForQuestionAnswering": "heads",
+        "OPTForSequenceClassification": "heads",
+        "OPTModel": "modeling",
+    },
     framework="PyTorch",
     modules=("torch",),
     extra="torch",

@@ -1,8 +1,9 @@
 """Loading and saving PyTorch models, from and to any checkpoint format; the formats themselves are in `conversion`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import ml_dtypes
 import numpy as np
@@ -13,14 +14,14 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
-from opt_common.params import Parameter, parameter_table
-from opt_common.pretrained import choose_dtype
+from opt_common.params import Head, Parameter, parameter_table
+from opt_common.pretrained import choose_dtype, split_table, with_labels
 
 
 class Pretrained:
     """What every model class can do with checkpoints."""
 
-    head: ClassVar[Literal["lm"] | None]
+    head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
 
@@ -37,6 +38,11 @@ class Pretrained:
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | None = None,
         local_files_only: bool = False,
+        new_head: bool = False,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        label2id: Mapping[str, int] | None = None,
+        problem_type: str | None = None,
     ) -> Self:
         """Load a checkpoint, in evaluation mode.
 
@@ -51,6 +57,12 @@ class Pretrained:
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
+            new_head: whether to start with a new head, whatever the checkpoint has. Without it, a checkpoint of another
+                class is refused where its head is missing: nothing is drawn at random unasked.
+            num_labels: outputs of a sequence classifier, in place of what the configuration says.
+            id2label: name of each output, likewise.
+            label2id: output of each name, likewise.
+            problem_type: one of `opt_common.config.PROBLEM_TYPES`, likewise.
 
         Raises:
             CheckpointError: if there is no such checkpoint, it is damaged, or its tensors do not fit its configuration.
@@ -65,9 +77,9 @@ class Pretrained:
             local_files_only=local_files_only,
         )
         with open_checkpoint(directory, prefer="torch") as checkpoint:
-            config = checkpoint.config
-            table = parameter_table(config, head=cls.head)
-            checked_parameters(checkpoint, table)
+            config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
+            table, new = split_table(config, cls.head, new_head=new_head)
+            checked_parameters(checkpoint, table, new=new)
             requested = dtype if dtype is not None else torch_dtype
             stored = checkpoint.info(table[0].name).dtype.name
             name = choose_dtype(None if requested is None else str(requested).removeprefix("torch."), stored)
@@ -76,6 +88,9 @@ class Pretrained:
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
                 tensor = to_tensor(checkpoint.read(parameter.name))
+                assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
+            for parameter in new:
+                tensor = new_values(config, parameter)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
         if cls.head == "lm":
             model.tie_weights()
@@ -130,8 +145,15 @@ def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
 def local_place(model: Any, parameter: Parameter) -> tuple[nn.Module, str]:
     """The submodule of a model that holds a parameter, and the parameter's name there."""
     path = parameter.path("torch")
-    *modules, leaf = path if model.head == "lm" else path[1:]
+    *modules, leaf = path[1:] if model.head is None else path
     return model.get_submodule(".".join(modules)), leaf
+
+
+def new_values(config: OPTConfig, parameter: Parameter) -> Tensor:
+    """What a new linear layer starts with: a normal weight of deviation `init_std`, and a bias of zeros."""
+    if parameter.kind == "linear.bias":
+        return torch.zeros(parameter.shape)
+    return torch.normal(0.0, config.init_std, parameter.shape)
 
 
 def to_tensor(array: np.ndarray) -> Tensor:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig
+from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache, append
@@ -468,6 +469,10 @@ def check(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
+    start_positions: Tensor | None = None,
+    end_positions: Tensor | None = None,
+    *,
+    head: Head | None = "lm",
 ) -> None:
     """Hold the arguments against `opt_common.inputs.check_inputs`; under a compiler, their shapes only."""
     arrays = {
@@ -476,6 +481,8 @@ def check(
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "labels": labels,
+        "start_positions": start_positions,
+        "end_positions": end_positions,
     }
     arrays = {name: array for name, array in arrays.items() if array is not None}
     for name, array in arrays.items():
@@ -492,4 +499,6 @@ def check(
         },
         past_length=0 if past_key_values is None else past_key_values.length,
         past_shape=None if past_key_values is None else tuple(past_key_values.keys[0].shape),
+        head=head,
+        problem_type=problem_type_of(config, arrays["labels"].dtype) if "labels" in arrays else None,
     )

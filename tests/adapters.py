@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opt_common.config import OPTConfig
-from opt_common.params import Parameter, Scheme, parameter_table
+from opt_common.params import Head, Parameter, Scheme, parameter_table
 
 BACKENDS = tuple(name for name in os.environ.get("OPT_TEST_BACKENDS", "torch,tf,flax").split(",") if name)
 """The frameworks under test. One that is named and not installed makes its tests fail."""
@@ -25,6 +25,8 @@ class Results:
     """A model call's results as NumPy arrays; half precision is widened to float32. The cache stays the framework's."""
 
     logits: np.ndarray | None = None
+    start_logits: np.ndarray | None = None
+    end_logits: np.ndarray | None = None
     loss: np.ndarray | None = None
     last_hidden_state: np.ndarray | None = None
     hidden_states: tuple[np.ndarray, ...] | None = None
@@ -33,23 +35,33 @@ class Results:
 
 
 class Adapter:
-    """What the three adapters share. `lm` and `bare` are the backend's classes, `package` its package."""
+    """What the three adapters share. `lm` and `bare` are the backend's classes, `package` its package.
+
+    `heads` has the classes with other heads.
+    """
 
     name: str
     scheme: Scheme
     package: Any
     lm: Any
     bare: Any
+    heads: Mapping[Head | None, Any]
     compiles = True  # whether generation runs a compiled step
 
     # Making models
 
-    def load(self, path: Path, *, dtype: str = "float32", bare: bool = False, **options: Any) -> Any:
+    def load(
+        self, path: Path, *, dtype: str = "float32", bare: bool = False, head: Head | None = None, **options: Any
+    ) -> Any:
         """A model from a checkpoint, for evaluation."""
         with self.precision(dtype):
-            return (self.bare if bare else self.lm).from_pretrained(path, dtype=dtype, **options)
+            return self.model_class(bare, head).from_pretrained(path, dtype=dtype, **options)
 
-    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+    def model_class(self, bare: bool, head: Head | None) -> Any:
+        """The language model's class, unless another one is asked for."""
+        return self.heads[head] if head else self.bare if bare else self.lm
+
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         """A model with new random weights, for evaluation."""
         raise NotImplementedError
 
@@ -63,7 +75,7 @@ class Adapter:
     def parameter(self, model: Any, parameter: Parameter) -> Any:
         """The framework's variable of a canonical parameter."""
         path = parameter.path(self.scheme)
-        return walk(model, path if isinstance(model, self.lm) else path[1:])
+        return walk(model, path[1:] if model.head is None else path)
 
     def get(self, model: Any, parameter: Parameter) -> np.ndarray:
         """A parameter's value in canonical layout."""
@@ -77,7 +89,7 @@ class Adapter:
 
     def table(self, model: Any) -> tuple[Parameter, ...]:
         """The parameters that a model of this configuration has."""
-        return parameter_table(model.config, head="lm" if isinstance(model, self.lm) else None)
+        return parameter_table(model.config, head=model.head)
 
     def parameters(self, model: Any) -> dict[str, np.ndarray]:
         """All parameters: canonical name -> value in canonical layout."""
@@ -114,7 +126,7 @@ class Adapter:
     def results(self, output: Any) -> Results:
         """A backend's output record as NumPy."""
         fields = {field.name for field in dataclasses.fields(output)}
-        singles = {name: getattr(output, name) for name in ("logits", "loss", "last_hidden_state") if name in fields}
+        singles = {name: getattr(output, name) for name in SINGLES if name in fields}
         several = {name: getattr(output, name) for name in ("hidden_states", "attentions")}
         return Results(
             **{name: None if value is None else self.array(value) for name, value in singles.items()},
@@ -170,6 +182,10 @@ class Adapter:
         return widened(np.asarray(value))
 
 
+SINGLES = ("logits", "start_logits", "end_logits", "loss", "last_hidden_state")
+"""Fields of the output records that are one array."""
+
+
 def widened(array: np.ndarray) -> np.ndarray:
     """Half precision as float32, which holds all its values."""
     return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
@@ -194,10 +210,14 @@ class TorchAdapter(Adapter):
 
         self.torch, self.package = torch, opt_torch
         self.lm, self.bare = opt_torch.OPTForCausalLM, opt_torch.OPTModel
+        self.heads = {
+            "sequence_classification": opt_torch.OPTForSequenceClassification,
+            "question_answering": opt_torch.OPTForQuestionAnswering,
+        }
 
-    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         self.torch.manual_seed(0)
-        return (self.bare if bare else self.lm)(config, dtype=self.dtype(dtype)).eval()
+        return self.model_class(bare, head)(config, dtype=self.dtype(dtype)).eval()
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.torch.no_grad():
@@ -244,12 +264,16 @@ class TFAdapter(Adapter):
 
         self.tf, self.package = tf, opt_tf
         self.lm, self.bare = opt_tf.TFOPTForCausalLM, opt_tf.TFOPTModel
+        self.heads = {
+            "sequence_classification": opt_tf.TFOPTForSequenceClassification,
+            "question_answering": opt_tf.TFOPTForQuestionAnswering,
+        }
 
-    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         import keras
 
         keras.utils.set_random_seed(0)
-        return (self.bare if bare else self.lm)(config, dtype=dtype)
+        return self.model_class(bare, head)(config, dtype=dtype)
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         variable.assign(value)
@@ -287,13 +311,17 @@ class FlaxAdapter(Adapter):
 
         self.jax, self.nnx, self.package = jax, nnx, opt_flax
         self.lm, self.bare = opt_flax.FlaxOPTForCausalLM, opt_flax.FlaxOPTModel
+        self.heads = {
+            "sequence_classification": opt_flax.FlaxOPTForSequenceClassification,
+            "question_answering": opt_flax.FlaxOPTForQuestionAnswering,
+        }
         flags = ("use_cache", "output_hidden_states", "output_attentions")
         self.compiled_call = nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
         self.compiled_gradient = nnx.jit(nnx.grad(lambda model, arguments: model(**arguments).loss))
 
-    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False) -> Any:
+    def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         with self.precision(dtype):
-            model = (self.bare if bare else self.lm)(config, dtype=dtype, rngs=self.nnx.Rngs(0))
+            model = self.model_class(bare, head)(config, dtype=dtype, rngs=self.nnx.Rngs(0))
         model.eval()
         return model
 

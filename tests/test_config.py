@@ -68,6 +68,13 @@ def test_only_350m_projects_and_lacks_the_final_norm():
         assert config.has_final_layer_norm == (size != "350m")
 
 
+DEFAULT_LABELS = {
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "problem_type": None,
+}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_hugging_face_file_comes_back_with_every_key(variant, tmp_path):
     original = json.loads((GOLDENS / variant / "config.json").read_text())
@@ -75,6 +82,10 @@ def test_a_hugging_face_file_comes_back_with_every_key(variant, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json())
     written = json.loads((tmp_path / "config.json").read_text())
     stored = original.pop("dtype", original.pop("torch_dtype", None))
+    # `save_pretrained` leaves these out where they say what is assumed anyway, and so does this package.
+    for key, default in DEFAULT_LABELS.items():
+        if original.get(key, ...) == default:
+            del original[key]
     assert written.get("torch_dtype", written.get("dtype")) == stored
     assert {key: written[key] for key in original} == original
     assert OPTConfig.from_json_file(tmp_path / "config.json") == config
@@ -118,6 +129,10 @@ def test_every_field_goes_through_a_file():
         "enable_bias": False,
         "layer_norm_elementwise_affine": False,
         "tie_word_embeddings": False,
+        "num_labels": 3,
+        "id2label": {0: "no", 1: "yes", 2: "maybe"},
+        "label2id": {"no": 0, "yes": 1, "maybe": 2},
+        "problem_type": "regression",
         "dtype": "bfloat16",
         "extra": {"prefix": "x"},
     }
@@ -126,6 +141,26 @@ def test_every_field_goes_through_a_file():
     default = OPTConfig()
     assert all(getattr(config, name) != getattr(default, name) for name in changed)
     assert OPTConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_labels_are_derived_from_each_other():
+    assert (OPTConfig().num_labels, OPTConfig().id2label) == (2, {0: "LABEL_0", 1: "LABEL_1"})
+    three = OPTConfig(num_labels=3)
+    assert three.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    named = three.replace(id2label={0: "no", 1: "yes"})
+    assert (named.num_labels, named.label2id) == (2, {"no": 0, "yes": 1})
+    assert OPTConfig(label2id={"no": 0, "yes": 1}) == named
+    assert named.replace(num_labels=1).id2label == {0: "LABEL_0"}
+    assert named.replace(dropout=0.0).id2label == named.id2label
+    assert hash(named.replace(dropout=0.0)) != hash(named)
+
+
+def test_labels_are_written_as_hugging_face_writes_them():
+    keys = ("num_labels", "id2label", "label2id", "problem_type")
+    assert not any(key in OPTConfig().to_dict() for key in keys)
+    written = json.loads(OPTConfig(num_labels=1, problem_type="regression").to_json())
+    assert [written.get(key) for key in keys] == [None, {"0": "LABEL_0"}, {"LABEL_0": 0}, "regression"]
+    assert OPTConfig.from_dict({"num_labels": 4}).id2label[3] == "LABEL_3"
 
 
 def test_all_problems_are_told_at_once():
@@ -147,6 +182,11 @@ def test_all_problems_are_told_at_once():
         ({"init_std": -1}, "init_std is -1"),
         ({"eos_token_id": 50272}, "eos_token_id is 50272"),
         ({"dtype": 16}, "dtype is 16"),
+        ({"num_labels": 0}, "num_labels is 0, expected a positive integer"),
+        ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, r"id2label is .*from 0 to num_labels - 1 \(2\)"),
+        ({"id2label": {1: "a", 2: "b"}}, "id2label is"),
+        ({"id2label": ["a", "b"]}, r"id2label is \['a', 'b'\], expected a name for the number"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking', expected null or one of regression"),
     ],
 )
 def test_a_value_no_model_can_have_is_refused(changes, told):

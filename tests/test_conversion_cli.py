@@ -103,7 +103,6 @@ def test_a_wrong_command_line_is_2(arguments: list[str], capsys: pytest.CaptureF
     [
         (["inspect", "./no/such/place"], "there is no directory './no/such/place'"),
         (["inspect", "{tmp}"], "No config.json in {tmp}"),
-        (["convert", MODEL, "{tmp}/a/b", "--to", "tf"], "{tmp}/a is no directory"),
         (["convert", MODEL, "{tmp}", "--to", "tf"], "{tmp} exists"),
         (["convert", MODEL, "{tmp}/a", "--to", "tf", "--dtype", "int4"], "dtype is 'int4'"),
         (["convert", MODEL, "{tmp}/a", "--to", "tf", "--max-shard-size", "big"], "max_shard_size is 'big'"),

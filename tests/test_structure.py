@@ -14,7 +14,7 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = {"torch": "opt_torch", "tf": "opt_tf", "flax": "opt_flax"}
-FILES = ("cache.py", "attention.py", "modeling.py", "generation.py", "checkpoint.py")
+FILES = ("cache.py", "attention.py", "modeling.py", "heads.py", "generation.py", "checkpoint.py")
 
 RENAMED = {"call": "forward", "__call__": "forward"}
 """What each framework calls the method that computes."""
@@ -126,6 +126,22 @@ SANCTIONED = {
         "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
         "*Linear.*": (("tf",), "as above"),
         "*LayerNorm.*": (("tf",), "as above"),
+    },
+    "heads.py": {
+        "*(device)": (BOTH, "the frameworks place arrays themselves"),
+        "cross_entropy: *": (BOTH, "PyTorch's cross_entropy knows ignored labels"),
+        "*(param_dtype)": (("flax",), "Flax tells the dtypes of parameters and arithmetic apart"),
+        "*(rngs)": (("flax",), "Flax takes its random numbers from its caller"),
+        "*.training*": (("flax",), "a property the other two have from their base class"),
+        "*.build*": (("tf",), "Keras makes weights in build()"),
+        "*(name)": (("tf",), "Keras layers have names"),
+        "*(new_weights)": (("tf",), "the other two build without storage"),
+        "*.get_config*": (("tf",), "how Keras saves a model"),
+        "*.from_config*": (("tf",), "how Keras restores a model"),
+        "*OPT*.forward": (("tf",), "Keras calls call() by way of __call__()"),
+        "OPT*.forward(self)": (("tf",), "as above"),
+        "OPT*.forward: options": (("tf",), "as above"),
+        "*(training)": (("tf",), "Keras passes the mode as an argument"),
     },
     "generation.py": {
         "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),

@@ -20,7 +20,7 @@ import numpy as np
 from conversion.dtypes import BY_NAME
 from conversion.formats.hdf5_structure import DamagedError, File, Object
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
-from opt_common.params import Scheme
+from opt_common.params import HEAD_MODULES, Scheme
 
 SCHEME: Scheme = "keras"
 
@@ -198,7 +198,7 @@ def _raw_info(info: TensorInfo) -> TensorInfo:
 
 def _is_single(tensors: Sequence[TensorSpec]) -> bool:
     """Whether native names have a scope in front of the top module, as in the layout of a single file."""
-    return all(tensor.name.split("/")[0] not in ("model", "lm_head") for tensor in tensors)
+    return all(tensor.name.split("/")[0] not in {"model", *HEAD_MODULES} for tensor in tensors)
 
 
 def _where(name: str, single: bool) -> str:

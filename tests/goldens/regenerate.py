@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import save_file
 from seeded import seeded_weight
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification
 
 TINY = {
     "vocab_size": 512,
@@ -293,6 +294,127 @@ def low_precision(model: OPTForCausalLM, ids: np.ndarray, mask: np.ndarray) -> d
     return values
 
 
+# Other heads
+
+
+def with_head(model: OPTForCausalLM, head: type, **changes: Any) -> Any:
+    """A model of another class with the same decoder and a seeded head; one label is the first of three."""
+    values = {key: value for key, value in model.config.to_dict().items() if key not in ("id2label", "label2id")}
+    config = OPTConfig.from_dict({**values, **changes})
+    config._attn_implementation = "eager"
+    new = head(config).eval()
+    new.model.load_state_dict(model.model.state_dict())
+    with torch.no_grad():
+        for name, parameter in new.named_parameters():
+            if not name.startswith("model."):
+                rows = 3 if name == "score.weight" else parameter.shape[0]
+                values = seeded_weight(model.seed, name, (rows, *parameter.shape[1:]))
+                parameter.copy_(torch.from_numpy(values[: parameter.shape[0]]))
+    return new
+
+
+def targets(ids: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Labels of every problem type, and ends of answers of which some are out of range."""
+    rows, length = ids.shape
+    found = {
+        "labels_single_label_classification": rng.integers(0, 3, rows),
+        "labels_multi_label_classification": rng.integers(0, 2, (rows, 3)).astype(np.float32),
+        "labels_regression": rng.normal(size=(rows, 3)).astype(np.float32),
+        "labels_regression1": rng.normal(size=rows).astype(np.float32),
+        "qa_start_positions": rng.integers(0, length, rows),
+        "qa_end_positions": rng.integers(0, length, rows),
+    }
+    found["qa_start_positions"][-1] = length + 3
+    found["qa_end_positions"][0] = -4
+    return found
+
+
+def head_values(model: OPTForCausalLM, variant: str, rng: np.random.Generator, directory: Path) -> None:
+    """Write `heads_expected.npz`, `heads.safetensors` and a whole checkpoint of one of the heads."""
+    three = with_head(model, OPTForSequenceClassification, num_labels=3)
+    one = with_head(model, OPTForSequenceClassification, num_labels=1)
+    answers = with_head(model, OPTForQuestionAnswering)
+    heads = {**three.state_dict(), **answers.state_dict()}
+    heads = {name: tensor.clone() for name, tensor in heads.items() if not name.startswith("model.")}
+    save_file(heads, directory / "heads.safetensors")
+    if variant == "pre_ln":
+        answers.save_pretrained(directory / "qa_torch_bin", safe_serialization=False)
+    else:
+        three.save_pretrained(directory / "seqcls_safetensors")
+    values: dict[str, np.ndarray] = {}
+    groups = input_groups(model.config, rng)
+    for name in ("nopad", "rightpad", "leftpad", "midpad", "padtok", "len1"):
+        ids, mask = groups[name]
+        found = head_results(three, one, answers, ids, mask, targets(ids, rng), gradients=name == "rightpad")
+        values |= {f"{name}/{key}": array for key, array in found.items()}
+    values |= pooling_values(three, groups, rng)
+    np.savez_compressed(directory / "heads_expected.npz", **values)
+
+
+def head_results(
+    three: Any,
+    one: Any,
+    answers: Any,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    wanted: dict[str, np.ndarray],
+    gradients: bool,
+) -> dict[str, np.ndarray]:
+    """One group: the targets, and logits, losses and gradients."""
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    found = {"input_ids": ids, "attention_mask": mask, **wanted}
+    with torch.no_grad():
+        found["base_last_hidden_state"] = three.model(**inputs).last_hidden_state.numpy()
+    for kind in ("single_label_classification", "multi_label_classification", "regression", "regression1"):
+        model = one if kind == "regression1" else three
+        model.config.problem_type = kind.removesuffix("1")  # else the library infers one, and keeps it
+        output = model(**inputs, labels=torch.from_numpy(wanted[f"labels_{kind}"]))
+        found[f"loss_{kind}"] = output.loss.detach().numpy().reshape(1)
+        found["seqcls1_logits" if model is one else "seqcls_logits"] = output.logits.detach().numpy()
+        if gradients and kind == "single_label_classification":
+            output.loss.backward()
+            found["grad_score.weight"] = three.score.weight.grad.numpy()
+            found["grad_fc1_0.weight"] = three.model.decoder.layers[0].fc1.weight.grad.numpy()
+    ends = {name: torch.from_numpy(wanted[f"qa_{name}"].copy()) for name in ("start_positions", "end_positions")}
+    output = answers(**inputs, **ends)
+    found["qa_loss"] = output.loss.detach().numpy().reshape(1)
+    found["qa_start_logits"], found["qa_end_logits"] = (
+        output.start_logits.detach().numpy(),
+        output.end_logits.detach().numpy(),
+    )
+    if gradients:
+        output.loss.backward()
+        found |= {
+            f"grad_qa_outputs.{leaf}": getattr(answers.qa_outputs, leaf).grad.numpy() for leaf in ("weight", "bias")
+        }
+    return found
+
+
+def pooling_values(model: Any, groups: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A row of pad ids alone, embeddings instead of ids, and one row without a pad id."""
+    ids = groups["leftpad"][0].copy()
+    ids[0] = model.config.pad_token_id
+    mask = np.ones_like(ids)
+    embeddings = rng.normal(size=(*ids.shape, model.config.word_embed_proj_dim)).astype(np.float32)
+    lone = groups["nopad"][0][:1]
+    with torch.no_grad():
+        logits = [
+            model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits.numpy(),
+            model(inputs_embeds=torch.from_numpy(embeddings)).logits.numpy(),
+        ]
+        model.config.pad_token_id = None
+        logits.append(model(input_ids=torch.from_numpy(lone)).logits.numpy())
+    return {
+        "allpad_row/input_ids": ids,
+        "allpad_row/attention_mask": mask,
+        "allpad_row/seqcls_logits": logits[0],
+        "embeds/inputs_embeds": embeddings,
+        "embeds/seqcls_logits": logits[1],
+        "nopadid/input_ids": lone,
+        "nopadid/seqcls_logits": logits[2],
+    }
+
+
 # Greedy text
 
 MARGIN = 2e-3
@@ -381,6 +503,10 @@ def write_variant(variant: str, seed: int, directory: Path) -> None:
     np.savez_compressed(directory / "expected.npz", **values)
     cases = {"transformers": transformers.__version__, "cases": generation_cases(model, rng)}
     (directory / "generation.json").write_text(json.dumps(cases) + "\n")
+    if variant in THOROUGH:
+        head_values(
+            model, variant, np.random.default_rng([seed, len(VARIANTS), list(VARIANTS).index(variant)]), directory
+        )
     if variant == "pre_ln":
         batch = values["leftpad/input_ids"], values["leftpad/attention_mask"]
         np.savez_compressed(directory / "lowprec_expected.npz", **low_precision(model, *batch))
