@@ -532,3 +532,9 @@ def test_wrong_places_give_a_sentence(tmp_path: Path, problem: str):
     with pytest.raises((CheckpointError, ConfigError)) as error:
         open_checkpoint(path)
     assert os.fspath(tmp_path) in str(error.value)
+
+
+def test_the_directories_above_a_target_are_made(tmp_path):
+    target = tmp_path / "runs" / "one" / "model"
+    convert(MODELS["float32"], target, "flax")
+    assert tensors(target) == tensors(MODELS["float32"])
