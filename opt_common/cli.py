@@ -11,9 +11,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
-from opt_common.errors import OPTError
+from opt_common.errors import GenerationError, OPTError
+from opt_common.generation_config import DEFAULT_TOP_K
 from opt_common.hub import BUNDLED_MODEL
 from opt_common.pretrained import MODEL_DTYPES
 from opt_common.tokenizer import OPTTokenizer
@@ -29,6 +31,9 @@ examples:
   {name} generate
   {name} generate "Once upon a time" "One day" --max-new-tokens 40
   {name} generate "Hello, my dog is" --model facebook/opt-125m --json
+  {name} generate "One day" --sample --seed 7 --top-p 0.9 --num-return-sequences 3
+  {name} generate --input prompts.jsonl --json --repetition-penalty 1.2
+  {name} generate "One day" --set 'bad_words_ids=[[5, 17], [9]]'
 
 exit codes:
   0  done
@@ -97,11 +102,59 @@ def _generate(program: Program, arguments: argparse.Namespace) -> None:
     }
     model = program.load(arguments.model, dtype=arguments.dtype, **source)
     tokenizer = OPTTokenizer.from_pretrained(arguments.model, padding_side="left", **source)
-    prompts: list[str] = arguments.prompts or [DEFAULT_PROMPT]
+    prompts = _prompts(arguments)
     inputs = tokenizer(prompts, padding=True, return_tensors=program.tensors)
-    ids = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False)
-    for prompt, text in zip(prompts, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+    ids = model.generate(**inputs, **_settings(arguments))
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    copies = len(texts) // len(prompts)
+    for number, text in enumerate(texts):
+        prompt = prompts[number // copies]
         print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if arguments.json else text)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `generate` that a command line names."""
+    named = {name: getattr(arguments, name) for name in _OPTIONS}
+    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    settings = {"do_sample": arguments.sample} | settings | dict(arguments.set)
+    if "max_length" not in settings:
+        settings.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
+    return settings
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts to continue, from the command line or from a file of them.
+
+    Raises:
+        GenerationError: for a file that cannot be read or holds no prompt.
+    """
+    if arguments.input is None:
+        return arguments.prompts or [DEFAULT_PROMPT]
+    if arguments.prompts:
+        raise GenerationError("Prompts are given both as arguments and by --input. Give them one way.")
+    name = "standard input" if arguments.input == "-" else arguments.input
+    try:
+        text = sys.stdin.read() if arguments.input == "-" else Path(arguments.input).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GenerationError(f"{name} cannot be read: {error}.") from None
+    # Not splitlines(): that would also split at separators which JSON leaves as they are.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise GenerationError(f"{name} holds no prompt. Write one in each line.")
+    if not (arguments.json_lines or arguments.input.endswith(".jsonl")):
+        return [line.rstrip("\r") for _, line in lines]
+    return [_prompt_of(line, f"{name}, line {number}") for number, line in lines]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        value: Any = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise GenerationError(f"{where}: not readable as JSON: {error}.") from None
+    prompt: Any = cast(dict[str, Any], value).get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise GenerationError(f'{where}: expected a string or an object with a "prompt", got {line[:80]}.')
+    return prompt
 
 
 def _parser(program: Program) -> argparse.ArgumentParser:
@@ -116,8 +169,8 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     generate = commands.add_parser(
         "generate",
-        help="continue prompts with their likeliest tokens",
-        description="Continue each prompt with its likeliest tokens.",
+        help="continue prompts",
+        description="Continue each prompt, with its likeliest tokens or (--sample) with tokens drawn by probability.",
         epilog=epilogue,
         formatter_class=layout,
     )
@@ -130,13 +183,8 @@ def _parser(program: Program) -> argparse.ArgumentParser:
         metavar="PATH_OR_ID",
         help=f"a directory or a hub id, in any format (default {BUNDLED_MODEL}, which comes with this package)",
     )
-    generate.add_argument(
-        "--max-new-tokens",
-        type=_positive,
-        default=DEFAULT_NEW_TOKENS,
-        metavar="N",
-        help=f"append at most N tokens (default {DEFAULT_NEW_TOKENS})",
-    )
+    _add_input(generate)
+    _add_settings(generate)
     generate.add_argument(
         "--dtype",
         choices=(*MODEL_DTYPES, "auto"),
@@ -151,8 +199,52 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return number
+def _add_input(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument(
+        "--input", metavar="FILE", help="read prompts from a file, one a line; - is standard input, .jsonl JSON lines"
+    )
+    generate.add_argument(
+        "--json-lines",
+        action="store_true",
+        help='lines of --input are JSON: a string or an object with a "prompt" (as in a file named .jsonl)',
+    )
+
+
+_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "max_new_tokens": (int, f"append at most this many tokens (default {DEFAULT_NEW_TOKENS})"),
+    "min_new_tokens": (int, "let no text end before it has this many new tokens"),
+    "repetition_penalty": (float, "make tokens that the text has less likely, by this factor"),
+    "no_repeat_ngram_size": (int, "repeat no sequence of this many tokens"),
+    "seed": (int, "with --sample: what decides the draws; the same text from the same seed in every framework"),
+    "num_return_sequences": (int, "with --sample: continue each prompt this many times"),
+    "temperature": (float, "with --sample: below 1 sharper, above 1 flatter"),
+    "top_k": (int, f"with --sample: draw from this many best tokens (default {DEFAULT_TOP_K}, 0: all)"),
+    "top_p": (float, "with --sample: draw from the likeliest tokens that sum to this probability"),
+    "min_p": (float, "with --sample: leave out tokens below this share of the likeliest one's probability"),
+    "typical_p": (float, "with --sample: draw from the most typical tokens that sum to this probability"),
+    "epsilon_cutoff": (float, "with --sample: leave out tokens below this probability"),
+    "eta_cutoff": (float, "with --sample: the same, lowered where the distribution is broad"),
+}
+"""Settings with an option of their own: type and help. The others go by --set."""
+
+
+def _add_settings(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("--sample", action="store_true", help="draw tokens by their probability")
+    for name, (kind, text) in _OPTIONS.items():
+        generate.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=text)
+    generate.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=JSON",
+        help="any setting of a generation_config.json, such as min_length=20 or suppress_tokens=[5]; may be repeated",
+    )
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name, json.loads(value if equals else "")
+    except json.JSONDecodeError:
+        raise argparse.ArgumentTypeError(f"expected NAME=JSON, such as suppress_tokens=[5], got {text}") from None

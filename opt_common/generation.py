@@ -4,122 +4,27 @@ A backend supplies a `Decoder`: one prefill and one step, compiled, with its cac
 on its own device. Only token ids, one a row and step, come to the host.
 """
 
+import collections
 import dataclasses
-import json
+import hashlib
+import secrets
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias, cast
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from opt_common.config import OPTConfig
-from opt_common.errors import GenerationError, join_problems
+from opt_common.errors import GenerationError
+from opt_common.generation_config import GenerationConfig
 from opt_common.inputs import check_inputs
+from opt_common.processors import Processor, processors
 
 Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 
 DEFAULT_MAX_LENGTH = 20
 """Prompt and new tokens together, when nothing is said: Hugging Face's default."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How to continue a prompt: the fields of a `generation_config.json` that greedy decoding has.
-
-    Args:
-        max_new_tokens: how many tokens to append at most; takes precedence over `max_length`.
-        max_length: how many tokens prompt and continuation have together at most; None means `DEFAULT_MAX_LENGTH`.
-        eos_token_id: ids that end a row: one, several or none.
-        pad_token_id: what a finished row emits; None means the first of `eos_token_id`.
-        bos_token_id: id in front of every text.
-        do_sample: must be False when text is generated: tokens are chosen by likelihood alone.
-        use_cache: False computes every step from the whole text, which is slow and gives the same tokens.
-        extra: every other key of the file that was read; written back as it came.
-
-    Raises:
-        GenerationError: naming every setting that cannot be.
-    """
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    do_sample: bool = False
-    use_cache: bool = True
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
-
-    def __post_init__(self) -> None:
-        eos: Any = self.eos_token_id
-        several = () if eos is None else tuple(cast(list[Any], eos)) if isinstance(eos, list | tuple) else (eos,)
-        object.__setattr__(self, "eos_token_id", several)
-        problems: list[str] = []
-        for name in ("max_new_tokens", "max_length"):
-            count = getattr(self, name)
-            if count is not None and (not _is_id(count) or count == 0):
-                problems.append(f"{name} is {count!r}, expected a positive integer.")
-        if not all(_is_id(token) for token in several):
-            problems.append(f"eos_token_id is {eos!r}, expected an id, a list of ids or None.")
-        if self.pad_token_id is not None and not _is_id(self.pad_token_id):
-            problems.append(f"pad_token_id is {self.pad_token_id!r}, expected an id or None.")
-        if problems:
-            raise GenerationError(join_problems(problems))
-
-    @classmethod
-    def from_model_config(cls, config: OPTConfig) -> Self:
-        """The settings a model has when it comes without a `generation_config.json`."""
-        eos: Any = config.eos_token_id
-        return cls(eos_token_id=eos, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
-
-    @classmethod
-    def from_directory(cls, directory: Path, config: OPTConfig) -> Self:
-        """The settings of a checkpoint: its `generation_config.json`, or what its model configuration says.
-
-        Raises:
-            GenerationError: if the file is damaged or has a setting that cannot be.
-        """
-        path = directory / "generation_config.json"
-        defaults = cls.from_model_config(config)
-        if not path.is_file():
-            return defaults
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise GenerationError(f"{path} is not readable as JSON: {error}. Fetch it again, or delete it.") from None
-        if not isinstance(values, dict):
-            raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")
-        extra = cast(dict[str, Any], values)
-        fields = {name: extra.pop(name) for name in _FIELDS & extra.keys()}
-        return dataclasses.replace(defaults, **fields, extra=extra)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contents of a `generation_config.json`: what differs from the defaults."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        values = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
-        if "eos_token_id" in values:
-            values["eos_token_id"] = self.eos_token_id[0] if len(self.eos_token_id) == 1 else list(self.eos_token_id)
-        return {**self.extra, **values}
-
-    def updated(self, **settings: Any) -> Self:
-        """A copy with some settings changed; None leaves a setting as it is.
-
-        Raises:
-            GenerationError: for a name that is no setting, or a value that cannot be or is not available.
-        """
-        if unknown := settings.keys() - _FIELDS:
-            known = ", ".join(sorted(_FIELDS))
-            raise GenerationError(f"generate() has no setting {', '.join(sorted(unknown))}; it has {known}.")
-        updated = dataclasses.replace(self, **{name: value for name, value in settings.items() if value is not None})
-        # Not at construction: a checkpoint whose file asks for sampling is good for everything but generating unasked.
-        if updated.do_sample:
-            raise GenerationError("do_sample is True, but only greedy decoding is available. Pass do_sample=False.")
-        return updated
-
-
-_FIELDS = frozenset(field.name for field in dataclasses.fields(GenerationConfig)) - {"extra"}
-_DEFAULTS = GenerationConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,29 +37,52 @@ class Prompt:
         input_ids: (B, T) integers.
         attention_mask: (B, T): zeros, then ones.
         new_tokens: how many tokens to append at most.
+        processors: what is done to the scores of each step.
+        uniforms: (B, new_tokens) numbers from [0, 1) that decide what is drawn; None takes the likeliest tokens.
     """
 
     input_ids: Ids
     attention_mask: Ids
     new_tokens: int
+    processors: tuple[Processor, ...] = ()
+    uniforms: npt.NDArray[np.float32] | None = None
+
+    def choice(self, step: int) -> "Choice":
+        """How the token of a step, counted from 0, is chosen."""
+        length = self.input_ids.shape[1] + step
+        gates_P = np.array([processor.gate(length) for processor in self.processors], dtype=np.float64)
+        return Choice(gates_P=gates_P, uniforms_B=None if self.uniforms is None else self.uniforms[:, step])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """How one step's tokens are chosen.
+
+    Attributes:
+        gates_P: the number of each processor in this step.
+        uniforms_B: what decides each row's draw; None takes the likeliest token.
+    """
+
+    gates_P: npt.NDArray[np.float64]
+    uniforms_B: npt.NDArray[np.float32] | None
 
 
 class Decoder(Protocol):
     """One run of a model over a batch of prompts, chosen tokens in and out. What a backend supplies."""
 
-    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids) -> Ids:
+    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Ids:
         """Read the prompts, padded on the left, and return the next token of each row, (B,)."""
         ...
 
-    def decode_one_token(self, tokens_B: Ids) -> Ids:
-        """Read one more token of each row and return the next, (B,)."""
+    def decode_one_token(self, tokens_B: Ids, choice: Choice) -> Ids:
+        """Read one more token of each row and return the next, (B,); -1 where every token is ruled out."""
         ...
 
 
 def read_prompt(
     config: OPTConfig, settings: GenerationConfig, input_ids: npt.NDArray[Any], attention_mask: npt.NDArray[Any] | None
 ) -> Prompt:
-    """Check prompts and bring them into the decoders' form.
+    """Check prompts and bring them into the decoders' form, each as often as it is to be continued.
 
     Args:
         config: the model's configuration.
@@ -200,11 +128,45 @@ def read_prompt(
         )
     # A stable sort of the mask moves each row's padding to its left and keeps the order of its tokens.
     order_BT = np.argsort(mask_BT, axis=1, kind="stable")
-    return Prompt(
-        input_ids=np.take_along_axis(ids_BT, order_BT, axis=1),
-        attention_mask=np.take_along_axis(mask_BT, order_BT, axis=1),
-        new_tokens=new_tokens,
+    ids_BT, mask_BT = (
+        np.repeat(np.take_along_axis(array_BT, order_BT, axis=1), settings.num_return_sequences, axis=0)
+        for array_BT in (ids_BT, mask_BT)
     )
+    return Prompt(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        new_tokens=new_tokens,
+        processors=processors(
+            settings, vocab_size=config.vocab_size, prompt_length=length, max_length=length + new_tokens
+        ),
+        uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed) if settings.do_sample else None,
+    )
+
+
+def draw_uniforms(input_ids: Ids, attention_mask: Ids, new_tokens: int, seed: int | None) -> npt.NDArray[np.float32]:
+    """The numbers that decide what is drawn: (B, new_tokens) from [0, 1).
+
+    A row's numbers depend on the seed, the row's own text and how many rows with the same text are before it, and on
+    nothing else: a row of a batch is continued as it is alone, and copies of one prompt each in their own way.
+
+    Args:
+        input_ids: (B, T) integers.
+        attention_mask: (B, T).
+        new_tokens: how many numbers for each row.
+        seed: None draws one.
+    """
+    seed = secrets.randbits(63) if seed is None else seed
+    copies: collections.Counter[bytes] = collections.Counter()
+    rows: list[npt.NDArray[np.float32]] = []
+    for ids_T, mask_T in zip(input_ids, attention_mask, strict=True):
+        text = ids_T[mask_T == 1].astype("<i8").tobytes()
+        name = hashlib.blake2b(text, digest_size=8, key=(seed % 2**64).to_bytes(8, "little")).digest()
+        # Each copy has a stretch of the generator's counter for itself.
+        key = np.array([seed % 2**64, int.from_bytes(name, "little")], dtype=np.uint64)
+        philox = np.random.Philox(key=key, counter=np.array([0, 0, 0, copies[text]], dtype=np.uint64))
+        rows.append(np.random.Generator(philox).random(new_tokens, dtype=np.float32))
+        copies[text] += 1
+    return np.stack(rows)
 
 
 def decode(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Iterator[Ids]:
@@ -212,24 +174,37 @@ def decode(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Iter
 
     A row is finished once it has emitted an id of `eos_token_id`; from then on it emits the pad token. The run stops
     when every row is finished, or after `prompt.new_tokens` steps.
+
+    Raises:
+        GenerationError: where a row that is not finished has no token to go on with.
     """
     eos = np.asarray(settings.eos_token_id, dtype=np.int64)
     pad = settings.pad_token_id if settings.pad_token_id is not None else int(eos[0]) if eos.size else 0
     ids_BT, mask_BT = prompt.input_ids, prompt.attention_mask
     finished_B = np.zeros(len(ids_BT), dtype=bool)
-    tokens_B = decoder.prefill(ids_BT, mask_BT)
+    tokens_B = decoder.prefill(ids_BT, mask_BT, prompt.choice(0))
     for step in range(prompt.new_tokens):
+        _check_possible(tokens_B, finished_B, step)
         tokens_B = np.where(finished_B, pad, tokens_B)
         yield tokens_B
         finished_B |= np.isin(tokens_B, eos)
         if finished_B.all() or step + 1 == prompt.new_tokens:
             return
         if settings.use_cache:
-            tokens_B = decoder.decode_one_token(tokens_B)
+            tokens_B = decoder.decode_one_token(tokens_B, prompt.choice(step + 1))
         else:
             ids_BT = np.concatenate([ids_BT, tokens_B[:, None]], axis=1)
             mask_BT = np.concatenate([mask_BT, np.ones_like(mask_BT[:, :1])], axis=1)
-            tokens_B = decoder.prefill(ids_BT, mask_BT)
+            tokens_B = decoder.prefill(ids_BT, mask_BT, prompt.choice(step + 1))
+
+
+def _check_possible(tokens_B: Ids, finished_B: npt.NDArray[np.bool_], step: int) -> None:
+    if stuck := np.flatnonzero((tokens_B < 0) & ~finished_B).tolist():
+        raise GenerationError(
+            f"Row {stuck[0]} cannot go on after {step} new tokens: the settings rule out every token, or the model's "
+            "scores are not numbers. Loosen bad_words_ids, suppress_tokens or no_repeat_ngram_size; in float16, try "
+            'dtype="float32".'
+        )
 
 
 def bucket(length: int) -> int:
@@ -238,7 +213,3 @@ def bucket(length: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(cast(int, value) >= 0)

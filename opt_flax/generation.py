@@ -10,8 +10,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from opt_common.generation import Ids, bucket, decode, read_prompt
+from opt_common.generation import Choice, Ids, Prompt, bucket, decode, read_prompt
+from opt_common.processors import Program, program
 from opt_flax.cache import KVCache
+from opt_flax.processors import History, choose, process
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -20,21 +22,23 @@ if TYPE_CHECKING:
 def generate(
     model: "FlaxOPTForCausalLM", input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
 ) -> Array:
-    """Continue each prompt with its likeliest tokens.
+    """Continue each prompt, by default with its likeliest tokens.
 
     Args:
         model: the language model; dropout is off whatever mode it is in.
         input_ids: (B, T) integers.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
-        settings: fields of `opt_common.generation.GenerationConfig`, such as `max_new_tokens` or `eos_token_id`, in
-            place of those of `model.generation_config`.
+        settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
+            of `model.generation_config`.
 
     Returns:
-        (B, T + new) ids: the prompts as they were given, then the new tokens, finished rows filled with the pad token.
+        (B * num_return_sequences, T + new) ids: the prompts as they were given, then the new tokens, finished rows
+        filled with the pad token.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
-        GenerationError: for a setting that cannot be, or a continuation with no room.
+        GenerationError: for a setting that cannot be or changes nothing, a continuation with no room, or a row for
+            which the settings rule out every token.
     """
     options = model.generation_config.updated(**settings)
     host_mask = None if attention_mask is None else np.asarray(attention_mask)
@@ -42,14 +46,13 @@ def generate(
     training = model.training
     model.eval()
     try:
-        decoder = Decoder(model, prompt.new_tokens)
+        decoder = Decoder(model, prompt)
         new_ids = list(decode(decoder, prompt, options))
     finally:
         if training:
             model.train()
-    return jnp.concatenate(
-        (jnp.asarray(input_ids), jnp.stack(new_ids, axis=1, dtype=jnp.asarray(input_ids).dtype)), axis=1
-    )
+    input_ids = jnp.repeat(jnp.asarray(input_ids), options.num_return_sequences, axis=0)
+    return jnp.concatenate((input_ids, jnp.stack(new_ids, axis=1, dtype=input_ids.dtype)), axis=1)
 
 
 class Decoder:
@@ -59,12 +62,14 @@ class Decoder:
     to its bucket, and the cache has room for a bucket of tokens.
     """
 
-    def __init__(self, model: "FlaxOPTForCausalLM", new_tokens: int) -> None:
+    def __init__(self, model: "FlaxOPTForCausalLM", prompt: Prompt) -> None:
         self.model = model
-        self.new_tokens = new_tokens
+        self.new_tokens = prompt.new_tokens
+        self.program = program(prompt.processors)
+        self.arguments = [tuple(map(jnp.asarray, processor.arguments)) for processor in prompt.processors]
         self.graphdef, self.state = nnx.split(model)
 
-    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids) -> Ids:
+    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Ids:
         """Read the prompts, padded on the left, and return the next token of each row, (B,)."""
         B, T = input_ids_BT.shape
         padding = bucket(T) - T
@@ -74,25 +79,50 @@ class Decoder:
         mask_BS[:, :padding] = 0
         mask_BS[:, padding : padding + T] = attention_mask_BT
         self.mask_BS = jnp.asarray(mask_BS)
-        return self.step(np.pad(input_ids_BT, ((0, 0), (padding, 0))))
+        self.tokens_BS = jnp.zeros_like(self.mask_BS)
+        return self.step(np.pad(input_ids_BT, ((0, 0), (padding, 0))), choice)
 
-    def decode_one_token(self, tokens_B: Ids) -> Ids:
-        """Read one more token of each row and return the next, (B,)."""
-        return self.step(tokens_B[:, None])
+    def decode_one_token(self, tokens_B: Ids, choice: Choice) -> Ids:
+        """Read one more token of each row and return the next, (B,); -1 where every token is ruled out."""
+        return self.step(tokens_B[:, None], choice)
 
-    def step(self, ids_BT: Ids) -> Ids:
-        """Read tokens and choose the likeliest next one, the lower id where two are equal."""
-        tokens_B, self.cache = _step(
-            self.graphdef, self.state, self.cache, jnp.asarray(ids_BT, jnp.int32), self.mask_BS
+    def step(self, ids_BT: Ids, choice: Choice) -> Ids:
+        """Read tokens and choose the next one."""
+        tokens_B, self.cache, self.tokens_BS = _step(
+            self.graphdef,
+            self.program,
+            self.state,
+            self.cache,
+            self.tokens_BS,
+            self.mask_BS,
+            jnp.asarray(ids_BT, jnp.int32),
+            self.arguments,
+            choice.gates_P,
+            choice.uniforms_B,
         )
         return np.asarray(tokens_B)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("graphdef", "program"), donate_argnames=("cache", "tokens_BS"))
 def _step(
-    graphdef: nnx.GraphDef["FlaxOPTForCausalLM"], state: nnx.State, cache: KVCache, ids_BT: Array, mask_BS: Array
-) -> tuple[Array, KVCache]:
+    graphdef: nnx.GraphDef["FlaxOPTForCausalLM"],
+    program: Program,
+    state: nnx.State,
+    cache: KVCache,
+    tokens_BS: Array,
+    mask_BS: Array,
+    ids_BT: Array,
+    arguments: list[tuple[Array, ...]],
+    gates_P: Array,
+    uniforms_B: Array | None,
+) -> tuple[Array, KVCache, Array]:
     model = nnx.merge(graphdef, state)
     outputs = model.model.decoder(ids_BT, attention_mask=mask_BS, past_key_values=cache, use_cache=True)
+    tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, ids_BT, cache.length, axis=1)
+    length = outputs.past_key_values.length
+    attended_BS = (mask_BS > 0) & (jnp.arange(mask_BS.shape[1]) < length)
+    history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=length)
     logits_BV = model.logits(outputs.last_hidden_state[:, -1])
-    return logits_BV.argmax(axis=-1), outputs.past_key_values
+    scores_BV = logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32))
+    scores_BV = process(scores_BV, history, program, arguments, gates_P)
+    return choose(scores_BV, uniforms_B), outputs.past_key_values, tokens_BS

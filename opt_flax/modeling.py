@@ -421,7 +421,7 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any) -> Array:
-        """Continue each prompt with its likeliest tokens; see `opt_flax.generation.generate`."""
+        """Continue each prompt; see `opt_flax.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
     @property

@@ -497,7 +497,7 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         return self.lm_head(hidden_BTE)
 
     def generate(self, input_ids: Any, attention_mask: Any | None = None, **settings: Any) -> tf.Tensor:
-        """Continue each prompt with its likeliest tokens; see `opt_tf.generation.generate`."""
+        """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
     def get_input_embeddings(self) -> keras.layers.Embedding:

@@ -403,7 +403,7 @@ class OPTForCausalLM(Pretrained, nn.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
-        """Continue each prompt with its likeliest tokens; see `opt_torch.generation.generate`."""
+        """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -47,6 +47,7 @@ class Adapter:
     bare: Any
     heads: Mapping[Head | None, Any]
     compiles = True  # whether generation runs a compiled step
+    id_dtype = np.int32  # of ids inside generation
 
     # Making models
 
@@ -148,10 +149,35 @@ class Adapter:
         raise NotImplementedError
 
     def generate(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
-        """Greedy continuation."""
+        """Continue prompts."""
         with self.scope(model):
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        """Where what would be compiled runs as it is written: slower, but at once."""
+        return contextlib.nullcontext()
+
+    def process(
+        self, found: Any, tokens: np.ndarray, attended: np.ndarray, scores: np.ndarray, gates: np.ndarray
+    ) -> np.ndarray:
+        """Scores after some of `opt_common.processors.processors`."""
+        module = importlib.import_module(f"{self.package.__name__}.processors")
+        history = module.History(
+            tokens_BS=self.tensor(tokens.astype(self.id_dtype)),
+            attended_BS=self.tensor(attended),
+            length=tokens.shape[1],
+        )
+        program = tuple((processor.name, processor.size) for processor in found)
+        arguments = [tuple(map(self.tensor, processor.arguments)) for processor in found]
+        with self.precision(str(scores.dtype)):
+            return self.array(module.process(self.tensor(scores), history, program, arguments, self.tensor(gates)))
+
+    def choose(self, scores: np.ndarray, uniforms: np.ndarray | None) -> np.ndarray:
+        """The tokens chosen by processed scores."""
+        module = importlib.import_module(f"{self.package.__name__}.processors")
+        with self.precision(str(scores.dtype)):
+            return self.array(module.choose(self.tensor(scores), self.tensor(uniforms)))
 
     def allocate_cache(self, model: Any, batch_size: int, capacity: int, dtype: str = "float32") -> Any:
         """An empty cache of a fixed capacity."""
@@ -201,7 +227,7 @@ def walk(tree: Any, path: tuple[str, ...]) -> Any:
 class TorchAdapter(Adapter):
     """`opt_torch` on the CPU."""
 
-    name, scheme, compiles = "torch", "torch", False
+    name, scheme, compiles, id_dtype = "torch", "torch", False, np.int64
 
     def __init__(self) -> None:
         import torch
@@ -281,6 +307,14 @@ class TFAdapter(Adapter):
     def count(self, model: Any) -> int:
         return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
 
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        self.tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            self.tf.config.run_functions_eagerly(False)
+
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
@@ -329,6 +363,9 @@ class FlaxAdapter(Adapter):
     def precision(self, dtype: str) -> Iterator[None]:
         with self.jax.enable_x64(dtype == "float64"):
             yield
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        return self.jax.disable_jit()
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.precision(str(value.dtype)):

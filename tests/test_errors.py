@@ -124,7 +124,7 @@ def test_results_have_no_tuple_form(backend, model):
         ({"max_length": 3}, "no room"),
         ({"max_new_tokens": 1000}, "do not fit"),
         ({"eos_token_id": "x"}, "eos_token_id is .*'x'.*expected an id"),
-        ({"do_sample": True}, "do_sample is True"),
+        ({"do_sample": "yes"}, "do_sample is 'yes', expected True or False"),
     ],
 )
 def test_generation_settings_that_cannot_be(backend, model, settings, told):

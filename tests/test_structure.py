@@ -14,7 +14,7 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = {"torch": "opt_torch", "tf": "opt_tf", "flax": "opt_flax"}
-FILES = ("cache.py", "attention.py", "modeling.py", "heads.py", "generation.py", "checkpoint.py")
+FILES = ("cache.py", "attention.py", "modeling.py", "heads.py", "processors.py", "generation.py", "checkpoint.py")
 
 RENAMED = {"call": "forward", "__call__": "forward"}
 """What each framework calls the method that computes."""
@@ -143,11 +143,20 @@ SANCTIONED = {
         "OPT*.forward: options": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
     },
+    "processors.py": {
+        "History.seen: *": (BOTH, "each framework has its way to scatter"),
+        "running_sum*": (("flax",), "without float64, a sum is a pair of numbers"),
+        "unsorted: *": (("tf",), "scattering takes pairs of places"),
+        "members: *": (("tf",), "scattering starts from nothing"),
+        "vocab_size*": (("tf",), "a static size may be None to a type checker"),
+        "def vocab_size": (("tf",), "as above"),
+    },
     "generation.py": {
         "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
         "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
         "*_step*": (BOTH, "that function"),
+        "*on_device*": (BOTH, "the frameworks place arrays themselves"),
         "_STEPS =": (("tf",), "that function's results, by model"),
     },
     "checkpoint.py": {

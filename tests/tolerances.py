@@ -46,6 +46,9 @@ FLOAT64 = Tolerance(
     absolute=1e-10, why="between implementations of one definition only the order of float64 sums differs"
 )
 FLOAT64_GRADIENT = Tolerance(absolute=1e-9, why="as FLOAT64; gradients of summed rows are up to ten times larger")
+PROCESSED = Tolerance(
+    absolute=1e-6, relative=1e-7, why="one float32 rounding of the goldens themselves, 6e-8 of scores up to 30"
+)
 CACHE_FLOAT64 = Tolerance(absolute=1e-10, why="a step computes the full pass's sums over the same keys")
 FLOAT16 = Tolerance(
     absolute=2e-3,

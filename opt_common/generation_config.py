@@ -1,0 +1,297 @@
+"""The settings of text generation: `generation_config.json` and the keywords of `generate`."""
+
+import dataclasses
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+
+from opt_common.config import OPTConfig
+from opt_common.errors import GenerationError, join_problems
+
+DEFAULT_TOP_K = 50
+"""How many tokens sampling chooses from, when nothing is said: Hugging Face's default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How to continue a prompt. Names, meanings and defaults are Hugging Face's, except for `seed`.
+
+    How much:
+
+    Args:
+        max_new_tokens: how many tokens to append at most; takes precedence over `max_length`.
+        max_length: how many tokens prompt and continuation have together at most; None means 20.
+        min_new_tokens: no row ends before it has this many new tokens.
+        min_length: no row ends before prompt and continuation have this many tokens together. Lengths of prompt and
+            continuation together count the padding of a batch, as Hugging Face does.
+        eos_token_id: ids that end a row: one, several or none.
+        pad_token_id: what a finished row emits; None means the first of `eos_token_id`.
+        bos_token_id: id in front of every text.
+
+    How tokens are chosen:
+
+        do_sample: draw each token by its probability; False takes the likeliest one.
+        seed: (sampling) integer from 0 on that decides every draw, in every framework alike; None draws a new one.
+        num_return_sequences: (sampling) how many continuations of each prompt; those of one prompt follow each other.
+        temperature: (sampling) scores are divided by it.
+        top_k: (sampling) keep the k best tokens and those equal to the last of them; 0 keeps all, None means 50.
+        top_p: (sampling) keep the fewest likeliest tokens whose probabilities sum to more than this; 1 keeps all.
+        min_p: (sampling) keep tokens with at least this share of the likeliest one's probability.
+        typical_p: (sampling) keep the fewest tokens, those nearest to the expected information first, whose
+            probabilities sum to this; 1 keeps all.
+        epsilon_cutoff: (sampling) keep tokens of at least this probability; 0 keeps all.
+        eta_cutoff: (sampling) as `epsilon_cutoff`, lowered where the distribution is broad; 0 keeps all.
+
+    What is discouraged or forbidden:
+
+        repetition_penalty: positive scores of tokens that the row already has, prompt included, are divided by this,
+            negative ones multiplied; 1 changes nothing. Padding is no part of a row.
+        no_repeat_ngram_size: no sequence of this many tokens occurs twice; 0 allows all.
+        bad_words_ids: sequences of ids that are never completed. A single end-of-text id among them is ignored.
+        sequence_bias: pairs of a sequence of ids and what is added to the score of its last token wherever the text
+            ends with the rest; a mapping from tuples of ids does as well.
+        forced_bos_token_id: the second token of the text, where the prompt has one.
+        forced_eos_token_id: one or several ids, one of which is the last token that `max_length` has room for.
+        suppress_tokens: ids that never occur.
+        begin_suppress_tokens: ids that are not the first new token.
+        exponential_decay_length_penalty: (start, factor): from `start` new tokens on, end-of-text scores grow by
+            `factor` with each token.
+        renormalize_logits: make scores log-probabilities again after all else.
+
+        use_cache: False computes every step from the whole text, which is slow and gives the same tokens.
+        extra: every other key of the file that was read; written back as it came.
+
+    Raises:
+        GenerationError: naming every setting that cannot be.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int = 0
+    min_length: int = 0
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    do_sample: bool = False
+    seed: int | None = None
+    num_return_sequences: int = 1
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: tuple[int, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    renormalize_logits: bool = False
+    use_cache: bool = True
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if value is None and getattr(type(self), name, ()) is None:
+                continue
+            try:
+                object.__setattr__(self, name, rule.read(value))
+            except (TypeError, ValueError):
+                problems.append(f"{name} is {value!r}, expected {rule.expected}.")
+        if self.exponential_decay_length_penalty is not None and not self.eos_token_id:
+            problems.append(
+                "exponential_decay_length_penalty raises the score of eos_token_id, of which there is none."
+            )
+        if problems:
+            raise GenerationError(join_problems(problems))
+
+    @classmethod
+    def from_model_config(cls, config: OPTConfig) -> Self:
+        """The settings a model has when it comes without a `generation_config.json`."""
+        eos: Any = config.eos_token_id
+        return cls(eos_token_id=eos, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id)
+
+    @classmethod
+    def from_directory(cls, directory: Path, config: OPTConfig) -> Self:
+        """The settings of a checkpoint: its `generation_config.json`, or what its model configuration says.
+
+        Raises:
+            GenerationError: if the file is damaged or asks for what is not available.
+        """
+        path = directory / "generation_config.json"
+        defaults = cls.from_model_config(config)
+        if not path.is_file():
+            return defaults
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise GenerationError(f"{path} is not readable as JSON: {error}. Fetch it again, or delete it.") from None
+        if not isinstance(values, dict):
+            raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")
+        extra = cast(dict[str, Any], values)
+        fields = {name: extra.pop(name) for name in _FIELDS & extra.keys()}
+        # Hugging Face writes null where it means the default.
+        fields = {name: value for name, value in fields.items() if value is not None or name in _OPTIONAL}
+        return dataclasses.replace(defaults, **fields, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `generation_config.json`: what differs from the defaults."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        values = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
+        for name in ("eos_token_id", "forced_eos_token_id"):
+            if name in values:
+                values[name] = values[name][0] if len(values[name]) == 1 else list(values[name])
+        return {**self.extra, **values}
+
+    def updated(self, **settings: Any) -> Self:
+        """A copy with some settings changed; None leaves a setting as it is.
+
+        Raises:
+            GenerationError: for a name that is no setting, a value that cannot be, or a setting that does nothing
+                with the strategy in force.
+        """
+        if unknown := settings.keys() - _FIELDS:
+            known = ", ".join(sorted(_FIELDS))
+            raise GenerationError(f"generate() has no setting {', '.join(sorted(unknown))}; it has {known}.")
+        given = {name: value for name, value in settings.items() if value is not None}
+        changed = dataclasses.replace(self, **given)
+        useless = [name for name in SAMPLING_SETTINGS if name in given] if not changed.do_sample else []
+        if "num_return_sequences" in useless and changed.num_return_sequences == 1:
+            useless.remove("num_return_sequences")
+        if useless:
+            raise GenerationError(
+                f"{', '.join(useless)} would change nothing: the likeliest token is taken, none is drawn. "
+                "Pass do_sample=True, or leave it out."
+            )
+        return changed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """How a field is read: `read` brings a value into its one form, or raises ValueError or TypeError."""
+
+    expected: str
+    read: Callable[[Any], Any]
+
+
+def _count(lowest: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        number = operator.index(value)
+        if value is True or value is False or number < lowest:
+            raise ValueError
+        return number
+
+    return read
+
+
+_id = _count(0)
+
+
+def _number(low: float, high: float, *, open_below: bool = False) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError
+        number = float(cast(float, value))
+        if not (low <= number <= high) or (open_below and number == low) or math.isinf(number):
+            raise ValueError
+        return number
+
+    return read
+
+
+def _flag(value: Any) -> bool:
+    if value is not True and value is not False:
+        raise TypeError
+    return value
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    several: Any = value if value is None or _is_list(value) else (value,)
+    return tuple(map(_id, several or ()))
+
+
+def _sequence(value: Any) -> tuple[int, ...]:
+    ids = tuple(map(_id, value))
+    if not ids:
+        raise ValueError
+    return ids
+
+
+def _sequences(value: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(_sequence, value or ()))
+
+
+def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    pairs: Any = cast(Mapping[Any, Any], value).items() if isinstance(value, Mapping) else value or ()
+    return tuple((_sequence(ids), _number(-math.inf, math.inf)(bias)) for ids, bias in pairs)
+
+
+def _decay(value: Any) -> tuple[int, float]:
+    start, factor = value
+    return _id(start), _number(0, math.inf, open_below=True)(factor)
+
+
+_COUNT = _Rule("an integer from 0 on", _id)
+_ONE_ID = _Rule("an id or None", _id)
+_POSITIVE = _Rule("a positive integer", _count(1))
+_PROBABILITY = _Rule("a number from 0 to 1", _number(0, 1))
+_FACTOR = _Rule("a number above 0", _number(0, math.inf, open_below=True))
+_FLAG = _Rule("True or False", _flag)
+_ID_LIST = _Rule("an id, a list of ids or None", _ids)
+
+_RULES = {
+    "max_new_tokens": _POSITIVE,
+    "max_length": _POSITIVE,
+    "min_new_tokens": _COUNT,
+    "min_length": _COUNT,
+    "eos_token_id": _ID_LIST,
+    "pad_token_id": _ONE_ID,
+    "bos_token_id": _ONE_ID,
+    "do_sample": _FLAG,
+    "seed": _COUNT,
+    "num_return_sequences": _POSITIVE,
+    "temperature": _FACTOR,
+    "top_k": _COUNT,
+    "top_p": _PROBABILITY,
+    "min_p": _PROBABILITY,
+    "typical_p": _Rule("a number above 0, up to 1", _number(0, 1, open_below=True)),
+    "epsilon_cutoff": _PROBABILITY,
+    "eta_cutoff": _PROBABILITY,
+    "repetition_penalty": _FACTOR,
+    "no_repeat_ngram_size": _COUNT,
+    "bad_words_ids": _Rule("a list of lists of ids, none of them empty", _sequences),
+    "sequence_bias": _Rule("a list of [list of ids, number] or a dict from tuples of ids to numbers", _biases),
+    "forced_bos_token_id": _ONE_ID,
+    "forced_eos_token_id": _ID_LIST,
+    "suppress_tokens": _ID_LIST,
+    "begin_suppress_tokens": _ID_LIST,
+    "exponential_decay_length_penalty": _Rule("(start, factor): an integer from 0 on and a number above 0", _decay),
+    "renormalize_logits": _FLAG,
+    "use_cache": _FLAG,
+}
+
+SAMPLING_SETTINGS = (
+    *("seed", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+"""Settings that only sampling has a use for."""
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(GenerationConfig)) - {"extra"}
+_DEFAULTS = GenerationConfig()
+_OPTIONAL = frozenset({"eos_token_id"} | {name for name in _FIELDS if getattr(_DEFAULTS, name) is None})
