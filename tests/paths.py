@@ -6,7 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 """The repository."""
 
-GOLDENS = Path(os.environ.get("OPT_GOLDENS") or Path(__file__).parent / "goldens")
+OWN_GOLDENS = Path(__file__).parent / "goldens"
+"""This repository's golden data."""
+
+GOLDENS = Path(os.environ.get("OPT_GOLDENS") or OWN_GOLDENS)
 """The golden data: this repository's, or a directory that `goldens/regenerate.py` wrote, named by `OPT_GOLDENS`."""
 
 VOCAB_DIR = Path(os.environ["OPT_VOCAB_DIR"]) if os.environ.get("OPT_VOCAB_DIR") else None

@@ -8,10 +8,10 @@ import pytest
 
 from opt_common.generation_config import GenerationConfig
 from opt_common.processors import History, choose, process, processors, program
-from tests.paths import GOLDENS
+from tests.paths import OWN_GOLDENS
 from tests.tolerances import PROCESSED, compare
 
-GOLDEN = np.load(GOLDENS / "processors_expected.npz")
+GOLDEN = np.load(OWN_GOLDENS / "processors_expected.npz")
 IDS, SCORES = GOLDEN["input_ids"], GOLDEN["scores"]
 
 NOT_OURS = ("encoder_repetition_2.0", "encoder_no_repeat_ngram_2", "hamming")
@@ -19,7 +19,7 @@ NOT_OURS = ("encoder_repetition_2.0", "encoder_no_repeat_ngram_2", "hamming")
 
 CASES = {
     case["name"]: case["params"]
-    for case in json.loads((GOLDENS / "processors_cases.json").read_text(encoding="utf-8"))
+    for case in json.loads((OWN_GOLDENS / "processors_cases.json").read_text(encoding="utf-8"))
     if case["name"] not in NOT_OURS
 }
 
