@@ -148,7 +148,7 @@ def test_the_golden_checkpoints(format_name):
 @pytest.mark.parametrize(
     "name",
     [
-        "../x",
+        "../no-such-directory",
         "a/../b",
         "org/..",
         "a/b/c",
@@ -180,7 +180,7 @@ def test_a_path_object_is_never_a_hub_id():
         resolve(Path("facebook/opt-125m"))
 
 
-@pytest.mark.parametrize("revision", ["../x", "/x", "a//b", "..", "", "a/../../b", "a\\b", "a\n"])
+@pytest.mark.parametrize("revision", ["../no-such-directory", "/x", "a//b", "..", "", "a/../../b", "a\\b", "a\n"])
 def test_a_revision_that_is_a_path(revision):
     with pytest.raises(CheckpointError, match="expected a branch, a tag, a commit"):
         resolve("facebook/opt-125m", revision=revision)
