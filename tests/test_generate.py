@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 
 from opt_common.errors import GenerationError
-from tests.cases import THOROUGH, VARIANTS, config_of, expected, generation_cases
+from tests.cases import VARIANTS, config_of, expected, generation_cases
 from tests.tolerances import FLOAT32, compare
-
-QUICK = ("greedy_left_pad", "greedy_multi_eos", "greedy_text")
-"""Cases that every variant goes through in every backend: padding, and rows that end at different times."""
 
 CASES = [(variant, name) for variant in VARIANTS for name in generation_cases(variant)]
 
@@ -24,9 +21,7 @@ def test_greedy_goldens(backend, load, variant, name):
     case = generation_cases(variant)[name]
     ids, mask, golden = (np.array(case[key]) for key in ("input_ids", "attention_mask", "output_ids"))
     if backend.compiles:
-        if variant not in THOROUGH and name not in QUICK:
-            pytest.skip("compiled anew for each model and shape, which takes seconds; PyTorch runs this case")
-        # One batch size for all cases, for the same reason; rows don't know of each other.
+        # One batch size for all cases, since each is compiled for; rows don't know of each other.
         rows = np.arange(3) % len(ids)
         ids, mask, golden = ids[rows], mask[rows], golden[rows]
     found = backend.generate(load(backend, variant), ids, mask, **case["kwargs"])
