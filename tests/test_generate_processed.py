@@ -21,12 +21,6 @@ CASES = [
     for case in json.loads(file.read_text(encoding="utf-8"))["cases"]
 ]
 
-QUICK = (
-    *("repetition_penalty_0.7", "sequence_bias", "forced_bos_eos", "begin_suppress_tokens"),
-    *("exponential_decay", "renormalize", "combo"),
-)
-"""Cases that every backend goes through: each processor once."""
-
 PROMPTS = np.array([[9, 20, 300, 41, 7], [1, 1, 50, 61, 72], [1, 1, 1, 1, 400]])
 PADDED_LEFT = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
 NEW = 6
@@ -34,8 +28,6 @@ NEW = 6
 
 @pytest.mark.parametrize(("variant", "case"), CASES)
 def test_processed_goldens(backend, load, variant, case):
-    if backend.compiles and (variant != THOROUGH[-1] or case["name"] not in QUICK):
-        pytest.skip("takes long operation by operation; PyTorch runs this case")
     ids, mask, golden = (np.array(case[key]) for key in ("input_ids", "attention_mask", "output_ids"))
     with backend.uncompiled():
         found = backend.generate(load(backend, variant), ids, mask, **case["kwargs"])
