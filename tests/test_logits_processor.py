@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from opt_common import GenerationConfig
 from opt_common.errors import GenerationError
+from opt_common.processors import History, process, processors, program
 
 PROMPTS = np.array([[9, 20, 300, 41, 7], [1, 1, 50, 61, 72], [1, 1, 1, 1, 400]])
 PADDED_LEFT = np.array([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]])
@@ -83,3 +85,19 @@ def test_a_function_acts_before_sampling(backend, load):
     functions = [lambda input_ids, scores: scores + bias]
     found = backend.generate(load(backend, VARIANT), PROMPTS, PADDED_LEFT, logits_processor=functions, **settings)
     assert (found[:, 5:] == 77).all()
+
+
+def test_the_reference_gives_and_demands_the_same():
+    history = History(tokens_BS=PROMPTS, attended_BS=PADDED_LEFT == 1, length=5)
+    seen = []
+
+    def run(function):
+        settings = GenerationConfig(pad_token_id=60)
+        found = processors(settings, vocab_size=9, prompt_length=5, max_length=6, functions=[function])
+        arguments = [processor.arguments for processor in found]
+        return process(np.zeros((3, 9), np.float32), history, program(found), arguments, [1.0])
+
+    assert (run(lambda input_ids, scores: seen.append(input_ids) or scores + 2) == 2).all()
+    np.testing.assert_array_equal(seen[0], np.where(PADDED_LEFT == 1, PROMPTS, 60))
+    with pytest.raises(GenerationError, match=r"returned shape \(3,\), expected"):
+        run(lambda input_ids, scores: scores[:, 0])
