@@ -15,7 +15,7 @@ from conversion import checked_parameters, convert, open_checkpoint, save_checkp
 from conversion.canonical import BLIP_2_PARTS, EMBEDDING, HEAD, WRAPPERS, to_canonical
 from conversion.formats import hdf5_file, msgpack_file, safetensors_file, torch_file
 from conversion.inspect import inspect
-from conversion.save import TARGETS
+from conversion.plan import TARGETS
 from conversion.tensors import TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError
