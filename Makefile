@@ -65,6 +65,12 @@ oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an e
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
 	touch $@
 
+FUZZ ?= 100000
+
+.PHONY: fuzz
+fuzz: $(ready)  ## read 100,000 damaged checkpoints (FUZZ=N: another number); the tests read 2,000
+	$(one_thread) $(bin)/python -W ignore -m tests.fuzz.run --count $(FUZZ) --workers $(WORKERS)
+
 kinds := none torch tf flax
 extra_torch := [torch]
 extra_tf := [tf-cpu]

@@ -21,7 +21,7 @@ from conversion.metaseq_config import config_of
 from conversion.tensors import Array, Reader, TensorInfo
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
-from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index
+from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index, refuse_links_outside
 from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 READERS: Mapping[str, Callable[[Path], Reader]] = {
@@ -72,6 +72,7 @@ class Checkpoint:
                     self._add(path, READERS[format_name](path))
             assert config is not None
             self.config: OPTConfig = config
+            self._check_layers()
             self.left_out = self._leave_out()
             self._settle_head()
         except BaseException:
@@ -131,6 +132,8 @@ class Checkpoint:
 
     def _add(self, path: Path, reader: Reader) -> None:
         self._readers.append(reader)
+        if odd := [native for native in reader.tensors if not native.isprintable()]:
+            raise CheckpointError(f"{path} has a tensor named {odd[0]!a:.200}. Don't trust this file.")
         for name, (native, transposed) in canonical_names(reader.tensors, reader.scheme).items():
             if name in self._tensors:
                 raise CheckpointError(f"{path} and another shard both hold {name}. Fetch the checkpoint again.")
@@ -147,6 +150,15 @@ class Checkpoint:
         for name in others:
             del self._tensors[name]
         return tuple(others.values())
+
+    def _check_layers(self) -> None:
+        """A table of parameters is made for each layer: a number in a file alone must not take memory."""
+        layers, held = self.config.num_hidden_layers, len(self._tensors)
+        if layers > held:
+            raise CheckpointError(
+                f"{CONFIG_FILE} says num_hidden_layers {layers}, but the weights in {self.files[0].parent} are "
+                f"{held} tensors. Fetch the checkpoint again."
+            )
 
     def _settle_head(self) -> None:
         """A tied model has one tensor for token table and head, under whichever name; only the first is canonical."""
@@ -297,6 +309,7 @@ def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
     shards = tuple(path.parent / name for name in sorted(set(read_index(index).values())))
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(f"{path} names files that are absent: {', '.join(missing)}. Fetch them.")
+    refuse_links_outside(index, shards)
     return format_name, shards, index
 
 

@@ -13,7 +13,6 @@ Importing this module loads no network client; naming a directory never touches 
 """
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from opt_common.errors import CheckpointError
+from opt_common.json_file import UnreadableError, read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -169,6 +169,8 @@ def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tu
     paths = tuple(directory / name for name in files)
     for path in paths:
         _refuse_lfs_pointer(path)
+    if index is not None:
+        refuse_links_outside(directory / index, paths)
     return format_name, paths, None if index is None else directory / index
 
 
@@ -183,8 +185,8 @@ def read_index(path: Path) -> dict[str, str]:
     """
     suffix = "." + path.name.removesuffix(_INDEX_SUFFIX).rpartition(".")[2]
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content: Any = read_json(path)
+    except (FileNotFoundError, UnreadableError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
     weight_map: Any = cast("dict[str, Any]", content).get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -311,6 +313,23 @@ def _select(
             f"{files.index} names {len(shards)} files, of which {where} lacks {_listed(missing)}. Fetch them again."
         )
     return format_name, shards, files.index
+
+
+def refuse_links_outside(index: Path, shards: Iterable[Path]) -> None:
+    """Make sure that shards lie where their index lies, or where the index's own link leads.
+
+    The hub's cache is made of links: index and shards lead to one directory. A link that leads elsewhere is no part of
+    what was fetched.
+
+    Raises:
+        CheckpointError: naming every shard that lies elsewhere.
+    """
+    places = {index.parent.resolve(), index.resolve().parent}
+    if outside := {path.name for path in shards if path.resolve().parent not in places}:
+        raise CheckpointError(
+            f"{index.parent} has links out of it in place of {_listed(outside)}. "
+            f"Don't trust this checkpoint; if the links are your own, name the directory that they lead to."
+        )
 
 
 def _refuse_lfs_pointer(path: Path) -> None:
