@@ -276,15 +276,12 @@ def write_plan(
         documents[plan.index] = _index(plan)
     check_target(directory, plan.format, {*plan.files, *documents})
     check_disk(directory, plan, documents)
-    with _staging(directory) as staging:
+    with staging(directory) as place:
         for file, shard in zip(plan.files, plan.shards, strict=True):
-            _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
+            _write_shard(place / file, plan, shard, read, progress or (lambda _: None))
         for name, content in documents.items():
-            (staging / name).write_bytes(content)
-        for path in staging.iterdir():
-            _sync(path)
-        _sync(staging)
-        _publish(staging, directory, plan.key_file)
+            (place / name).write_bytes(content)
+        publish(place, directory, plan.key_file)
 
 
 def needed_bytes(plan: Plan, documents: Mapping[str, bytes]) -> int:
@@ -534,29 +531,34 @@ def _write_shard(
 
 
 @contextlib.contextmanager
-def _staging(directory: Path) -> Generator[Path]:
+def staging(directory: Path) -> Generator[Path]:
     """A new directory beside the target, gone afterwards unless it has become the target."""
-    staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
-    staging.mkdir(parents=True)
+    place = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
+    place.mkdir(parents=True)
     try:
-        yield staging
+        yield place
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _publish(staging: Path, directory: Path, last: str) -> None:
-    """Move a whole checkpoint to its place."""
+def publish(place: Path, directory: Path, last: str) -> None:
+    """Move the files in `place`, once they are on the disk, to where they belong; `last` is what the others are nothing
+    without.
+    """
+    for path in place.iterdir():
+        _sync(path)
+    _sync(place)
     if not directory.exists():
-        staging.rename(directory)
+        place.rename(directory)
         _sync(directory.parent)
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    new = sorted(path.name for path in staging.iterdir())
+    new = sorted(path.name for path in place.iterdir())
     (directory / last).unlink(missing_ok=True)
     _sync(directory)
     for name in [*(name for name in new if name != last), last]:
-        (staging / name).replace(directory / name)
+        (place / name).replace(directory / name)
     _sync(directory)
 
 

@@ -11,6 +11,7 @@ from opt_common.errors import (
     TokenizerError,
 )
 from opt_common.generation import GenerationConfig
+from opt_common.lora import LoraConfig
 from opt_common.tokenizer import OPTTokenizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationError",
     "InputError",
+    "LoraConfig",
     "MissingFrameworkError",
     "OPTConfig",
     "OPTError",

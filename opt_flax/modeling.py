@@ -34,6 +34,7 @@ from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attentio
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
+from opt_flax.lora import Adaptable
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -265,7 +266,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, nnx.Module):
+class FlaxOPTModel(Adaptable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -346,7 +347,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"

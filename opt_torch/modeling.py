@@ -31,6 +31,7 @@ from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attenti
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
+from opt_torch.lora import Adaptable
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -256,7 +257,7 @@ class OPTDecoder(nn.Module):
         return torch.where(keep, new_BTD, hidden_BTD)
 
 
-class OPTModel(Pretrained, nn.Module):
+class OPTModel(Adaptable, Pretrained, nn.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -333,7 +334,7 @@ class OPTModel(Pretrained, nn.Module):
         return self.decoder.embed_tokens
 
 
-class OPTForCausalLM(Pretrained, nn.Module):
+class OPTForCausalLM(Adaptable, Pretrained, nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -405,6 +406,10 @@ class OPTForCausalLM(Pretrained, nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
+        return {"input_ids": input_ids, **arguments}
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table."""
