@@ -8,8 +8,9 @@ from typing import Self
 
 from conversion.dtypes import BY_NUMPY
 from conversion.formats import safetensors_file, torch_file
-from conversion.save import ReadParameter, publish, staging
+from conversion.plan import ReadParameter
 from conversion.tensors import Array, Reader, TensorInfo, TensorSpec
+from conversion.write import staged
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.lora import ADAPTER_CONFIG_FILE, STORED_PREFIX, AdapterTable, LoraConfig, adapter_table
@@ -117,10 +118,9 @@ def save_adapter(directory: str | os.PathLike[str], lora: LoraConfig, table: Ada
     directory = Path(directory).resolve()
     by_name = {table.stored_name(parameter): parameter for parameter in table.parameters}
     specs = [TensorSpec(name=name, info=_info(read(parameter))) for name, parameter in sorted(by_name.items())]
-    with staging(directory) as place:
+    with staged(directory, WEIGHTS_FILE) as place:
         safetensors_file.write(place / WEIGHTS_FILE, specs, lambda name: read(by_name[name]))
         (place / ADAPTER_CONFIG_FILE).write_text(lora.to_json(), encoding="utf-8")
-        publish(place, directory, WEIGHTS_FILE)
 
 
 def _info(array: Array) -> TensorInfo:
