@@ -89,6 +89,9 @@ def checked_adapter(
     """
     table = adapter_table(config, adapter.lora, head)
     names = {parameter: _name_in(adapter, table.stored_name(parameter)) for parameter in table.parameters}
+    # PEFT stores an adapted head's own weight too.
+    copies = {layer.weight: f"{STORED_PREFIX}{layer.module}.base_layer.weight" for layer in table.layers}
+    names |= {weight: name for weight, name in copies.items() if name in adapter.tensors}
     expected = set(names.values())
     problems = [f"missing: {name}." for name in names.values() if name not in adapter.tensors]
     problems += [f"unexpected: {name}." for name in adapter.tensors if name not in expected]

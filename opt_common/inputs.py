@@ -26,7 +26,9 @@ DROPPED_ARGUMENTS = {
 
 
 def reject_dropped(arguments: Mapping[str, Any]) -> None:
-    """Explain each argument that a call does not take. One of Hugging Face's that is None asks for nothing.
+    """Explain each argument that a call does not take.
+
+    One of Hugging Face's that is None asks for nothing, and `return_dict=True` for what is done anyway.
 
     Raises:
         InputError: for an argument that Hugging Face has and this package dropped, saying what to write instead.
@@ -35,7 +37,7 @@ def reject_dropped(arguments: Mapping[str, Any]) -> None:
     if problems := [
         f"{name}= is not taken: {DROPPED_ARGUMENTS[name]}."
         for name, value in arguments.items()
-        if name in DROPPED_ARGUMENTS and value is not None
+        if name in DROPPED_ARGUMENTS and value is not None and not (name == "return_dict" and value is True)
     ]:
         raise InputError(join_problems(problems))
     for name in arguments.keys() - DROPPED_ARGUMENTS.keys():

@@ -135,16 +135,21 @@ class Adapter:
             cache=output.past_key_values,
         )
 
-    def gradients(self, model: Any, **arguments: Any) -> dict[str, np.ndarray]:
+    def gradients(
+        self, model: Any, table: tuple[Parameter, ...] | None = None, **arguments: Any
+    ) -> dict[str, np.ndarray]:
         """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
+        table = self.table(model) if table is None else table
         with self.scope(model):
-            found = self.loss_gradients(model, {name: self.tensor(value) for name, value in arguments.items()})
+            found = self.loss_gradients(model, table, {name: self.tensor(value) for name, value in arguments.items()})
         return {
             parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
-            for parameter in self.table(model)
+            for parameter in table
         }
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         """The gradients of the loss in the framework's layout, by parameter."""
         raise NotImplementedError
 
@@ -250,7 +255,7 @@ class TorchAdapter(Adapter):
             variable.copy_(self.torch.from_numpy(value))
 
     def count(self, model: Any) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         model.train(training)
@@ -260,10 +265,12 @@ class TorchAdapter(Adapter):
         finally:
             model.eval()
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         model.zero_grad()
         model(**arguments).loss.backward()
-        found = {parameter.name: self.parameter(model, parameter).grad for parameter in self.table(model)}
+        found = {parameter.name: self.parameter(model, parameter).grad for parameter in table}
         model.zero_grad()
         return lambda parameter: self.array(found[parameter.name])
 
@@ -318,8 +325,10 @@ class TFAdapter(Adapter):
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
-        variables = {parameter.name: self.parameter(model, parameter) for parameter in self.table(model)}
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
+        variables = {parameter.name: self.parameter(model, parameter) for parameter in table}
         with self.tf.GradientTape() as tape:
             loss = model(**arguments).loss
         gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
@@ -372,7 +381,8 @@ class FlaxAdapter(Adapter):
             variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
 
     def count(self, model: Any) -> int:
-        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+        kind = self.nnx.LoRAParam if model.lora_config else self.nnx.Param
+        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, kind)))
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         (model.train if training else model.eval)()
@@ -388,12 +398,16 @@ class FlaxAdapter(Adapter):
             return self.call(model, training, arguments)
         return self.compiled_call(model, **arguments)
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         gradients = self.compiled_gradient(model, dict(arguments))
 
         def find(parameter: Parameter) -> np.ndarray:
             found = gradients
             for part in parameter.path(self.scheme):
+                if "base_layer" in found and part not in found:
+                    found = found["base_layer"]
                 found = found[int(part) if part.isdigit() else part]
             return self.array(found)
 
