@@ -29,7 +29,7 @@ from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, proble
 from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -496,7 +496,9 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Any, attention_mask: Any | None = None, **settings: Any) -> tf.Tensor:
+    def generate(
+        self, input_ids: Any, attention_mask: Any | None = None, **settings: Any
+    ) -> tf.Tensor | GenerateOutput:
         """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 

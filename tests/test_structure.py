@@ -14,7 +14,16 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = {"torch": "opt_torch", "tf": "opt_tf", "flax": "opt_flax"}
-FILES = ("cache.py", "attention.py", "modeling.py", "heads.py", "processors.py", "generation.py", "checkpoint.py")
+FILES = (
+    "cache.py",
+    "attention.py",
+    "modeling.py",
+    "heads.py",
+    "processors.py",
+    "selection.py",
+    "generation.py",
+    "checkpoint.py",
+)
 
 RENAMED = {"call": "forward", "__call__": "forward"}
 """What each framework calls the method that computes."""
@@ -151,12 +160,16 @@ SANCTIONED = {
         "vocab_size*": (("tf",), "a static size may be None to a type checker"),
         "def vocab_size": (("tf",), "as above"),
     },
+    "selection.py": {},
     "generation.py": {
-        "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),
+        "generate: *": (("tf",), "Keras passes the mode as an argument"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
+        "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
+        "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),
         "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
         "*_step*": (BOTH, "that function"),
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
+        "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
     },
     "checkpoint.py": {
