@@ -197,7 +197,7 @@ def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) ->
         )
         found = reader.read(found["tokens"][:, None], choice) if found else reader.start(choice)
         check_possible(found["tokens"] < 0, finished_B, step)
-        found = {**found, "tokens": np.where(finished_B, pad_of(settings), found["tokens"])}
+        found = {**found, "tokens": np.where(finished_B, settings.padding, found["tokens"])}
         if "logprobs" in found:
             found = {**found, "logprobs": np.where(finished_B, 0, found["logprobs"])}
         yield found
@@ -230,13 +230,6 @@ def details_of(settings: GenerationConfig) -> tuple[str, ...]:
         "logits": settings.output_logits,
     }
     return tuple(name for name, wanted in asked.items() if wanted)
-
-
-def pad_of(settings: GenerationConfig) -> int:
-    """What a finished row emits."""
-    if settings.pad_token_id is not None:
-        return settings.pad_token_id
-    return settings.eos_token_id[0] if settings.eos_token_id else 0
 
 
 def check_possible(stuck_B: npt.NDArray[np.bool_], finished_B: npt.NDArray[np.bool_], step: int) -> None:

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import secrets
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,11 @@ def run(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Generat
 
 
 def read_prompt(
-    config: OPTConfig, settings: GenerationConfig, input_ids: npt.NDArray[Any], attention_mask: npt.NDArray[Any] | None
+    config: OPTConfig,
+    settings: GenerationConfig,
+    input_ids: npt.NDArray[Any],
+    attention_mask: npt.NDArray[Any] | None,
+    functions: Sequence[Callable[[Any, Any], Any]] = (),
 ) -> Prompt:
     """Check prompts and bring them into the decoders' form, each as often as it is to be continued.
 
@@ -44,6 +49,7 @@ def read_prompt(
         settings: how to continue.
         input_ids: (B, T) integers.
         attention_mask: (B, T) of ones and zeros, padding anywhere; None means no padding.
+        functions: the user's own processors.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
@@ -92,7 +98,11 @@ def read_prompt(
         attention_mask=mask_BT,
         new_tokens=new_tokens,
         processors=processors(
-            settings, vocab_size=config.vocab_size, prompt_length=length, max_length=length + new_tokens
+            settings,
+            vocab_size=config.vocab_size,
+            prompt_length=length,
+            max_length=length + new_tokens,
+            functions=functions,
         ),
         uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed) if settings.do_sample else None,
     )

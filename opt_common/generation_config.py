@@ -13,6 +13,7 @@ import numpy as np
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
 from opt_common.strategies import strategy_of, useless_settings
+from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
 """How many tokens sampling chooses from, when nothing is said: Hugging Face's default."""
@@ -63,6 +64,7 @@ class GenerationConfig:
         exponential_decay_length_penalty: (start, factor): from `start` new tokens on, end-of-text scores grow by
             `factor` with each token.
         renormalize_logits: make scores log-probabilities again after all else.
+        watermarking_config: a `WatermarkingConfig`, or a dict of its fields, that marks the text.
 
     What comes back:
 
@@ -107,6 +109,7 @@ class GenerationConfig:
     return_dict_in_generate: bool = False
     output_scores: bool = False
     output_logits: bool = False
+    watermarking_config: WatermarkingConfig | None = None
     use_cache: bool = True
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
@@ -118,6 +121,8 @@ class GenerationConfig:
                 continue
             try:
                 object.__setattr__(self, name, rule.read(value))
+            except GenerationError as error:
+                problems.append(str(error))
             except (TypeError, ValueError):
                 problems.append(f"{name} is {value!r}, expected {rule.expected}.")
         if self.exponential_decay_length_penalty is not None and not self.eos_token_id:
@@ -168,7 +173,14 @@ class GenerationConfig:
         for name in ("eos_token_id", "forced_eos_token_id"):
             if name in values:
                 values[name] = values[name][0] if len(values[name]) == 1 else list(values[name])
+        if self.watermarking_config is not None:
+            values["watermarking_config"] = dataclasses.asdict(self.watermarking_config)
         return {**self.extra, **values}
+
+    @property
+    def padding(self) -> int:
+        """What a finished row emits."""
+        return next((token for token in (self.pad_token_id, *self.eos_token_id) if token is not None), 0)
 
     def updated(self, **settings: Any) -> Self:
         """A copy with some settings changed; None leaves a setting as it is.
@@ -295,6 +307,7 @@ _RULES = {
     "return_dict_in_generate": _FLAG,
     "output_scores": _FLAG,
     "output_logits": _FLAG,
+    "watermarking_config": _Rule("a WatermarkingConfig, a dict of its fields or None", WatermarkingConfig.read),
     "use_cache": _FLAG,
 }
 
