@@ -13,6 +13,7 @@ from opt_common.errors import (
 from opt_common.generation import GenerationConfig
 from opt_common.lora import LoraConfig
 from opt_common.tokenizer import OPTTokenizer
+from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 
 __all__ = [
     "CheckpointError",
@@ -26,4 +27,6 @@ __all__ = [
     "OPTError",
     "OPTTokenizer",
     "TokenizerError",
+    "WatermarkDetector",
+    "WatermarkingConfig",
 ]

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -326,10 +326,11 @@ def check_whole(lora: LoraConfig | None, *, merged: bool) -> None:
 def _names(name: str, value: Any) -> tuple[str, ...] | str | None:
     if value is None or isinstance(value, str):
         return value
-    names = cast("Sequence[object]", sorted(value) if isinstance(value, set | frozenset) else value)  # pyright: ignore
-    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
+    names = tuple(cast("Iterable[object]", value)) if isinstance(value, list | tuple | set | frozenset) else (value,)
+    if not all(isinstance(item, str) for item in names):
         raise ConfigError(f"{name} is {value!r}, expected names.")
-    return tuple(cast("Sequence[str]", names)) or None
+    ordered = sorted(cast("tuple[str, ...]", names)) if isinstance(value, set | frozenset) else names
+    return tuple(cast("Iterable[str]", ordered)) or None
 
 
 def _problems(lora: LoraConfig) -> Iterator[str]:

@@ -6,7 +6,7 @@ model.load_adapter("my-adapter")
 """
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -66,7 +66,7 @@ class LoraLinear(keras.layers.Layer):
 
     def merge(self) -> None:
         """Add the adapter to the base kernel, which is kept aside."""
-        change = self.scaling * tf.matmul(self.lora_A.kernel.value, self.lora_B.kernel.value)
+        change = self.scaling * tf.matmul(*(tf.convert_to_tensor(part.kernel) for part in (self.lora_A, self.lora_B)))
         self.unmerged = self.kernel.value.numpy()
         self.kernel.assign(tf.cast(tf.cast(self.kernel.value, change.dtype) + change, self.kernel.dtype))
 
@@ -169,7 +169,7 @@ class Adaptable:
             module, name = outer_place(self, layer)
             replace(module, name, getattr(module, name).base_layer)
         self.lora_config, self.lora_merged = None, False
-        for variable in self.weights:
+        for variable in cast(keras.Model, self).weights:
             variable.trainable = True
         forget_compiled(self)
 

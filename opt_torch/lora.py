@@ -8,6 +8,7 @@ model.load_adapter("my-adapter")
 import os
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +38,11 @@ class LoraLinear(nn.Module):
     def __init__(self, base_layer: nn.Module, layer: AdaptedLayer, lora: LoraConfig) -> None:
         super().__init__()
         a, b = layer.matrices
-        weight = cast(Tensor, base_layer.weight)
         self.base_layer = base_layer
         self.scaling = layer.scaling
         self.lora_dropout = nn.Dropout(lora.lora_dropout)
-        self.lora_A = adapter_linear(a, weight)
-        self.lora_B = adapter_linear(b, weight)
+        self.lora_A = adapter_linear(a, base_layer)
+        self.lora_B = adapter_linear(b, base_layer)
         self.register_buffer("unmerged", None, persistent=False)
 
     @property
@@ -119,7 +119,7 @@ class Adaptable:
             table, names = checked_adapter(adapter, self.config, self.head)
             wrap(self, adapter.lora, table)
             for parameter, name in names.items():
-                fill(self, parameter, to_tensor(adapter.read(name)))
+                fill(self, parameter, adapter.read(name))
 
     def save_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter, in PEFT's format, without the base model.
@@ -197,11 +197,13 @@ def outer_place(model: Any, layer: AdaptedLayer) -> tuple[Any, str]:
     return model.get_submodule(".".join(modules)), name
 
 
-def adapter_linear(matrix: Parameter, like: Tensor) -> nn.Linear:
-    """A layer for A or B, on the device of the base layer's weight, without numbers yet."""
+def adapter_linear(matrix: Parameter, base_layer: Any) -> nn.Linear:
+    """A layer for A or B, beside its base layer, without numbers yet."""
     out_features, in_features = matrix.shape
+    like = base_layer.weight
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False, device=like.device, dtype=dtype)
+    layer = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    return layer.to_empty(device=like.device)
 
 
 def start(variable: nn.Parameter, matrix: Parameter, lora: LoraConfig) -> None:
@@ -215,7 +217,7 @@ def start(variable: nn.Parameter, matrix: Parameter, lora: LoraConfig) -> None:
         nn.init.uniform_(variable, -bound, bound)
 
 
-def fill(model: Any, parameter: Parameter, tensor: Tensor) -> None:
+def fill(model: Any, parameter: Parameter, array: np.ndarray) -> None:
     """Give a tensor of the adapter its numbers, in the dtype that the model has there."""
     with torch.no_grad():
-        find(model, parameter).copy_(tensor)
+        find(model, parameter).copy_(to_tensor(array))
