@@ -65,7 +65,8 @@ class LoraLinear(nnx.Module):
 
     def merge(self) -> None:
         """Add the adapter to the base kernel, which is kept aside."""
-        change = self.scaling * (self.lora_A.kernel[...] @ self.lora_B.kernel[...])
+        a, b = self.lora_A.kernel[...], self.lora_B.kernel[...]
+        change = self.scaling * (a @ b)
         self.unmerged = nnx.Variable(self.kernel[...])
         self.kernel[...] = (self.kernel[...].astype(change.dtype) + change).astype(self.kernel.dtype)
 

@@ -66,7 +66,8 @@ class LoraLinear(keras.layers.Layer):
 
     def merge(self) -> None:
         """Add the adapter to the base kernel, which is kept aside."""
-        change = self.scaling * tf.matmul(*(tf.convert_to_tensor(part.kernel) for part in (self.lora_A, self.lora_B)))
+        a, b = tf.convert_to_tensor(self.lora_A.kernel), tf.convert_to_tensor(self.lora_B.kernel)
+        change = self.scaling * tf.matmul(a, b)
         self.unmerged = self.kernel.value.numpy()
         self.kernel.assign(tf.cast(tf.cast(self.kernel.value, change.dtype) + change, self.kernel.dtype))
 

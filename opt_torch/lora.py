@@ -68,7 +68,8 @@ class LoraLinear(nn.Module):
         if not self.weight.dtype.is_floating_point or type(self.weight) is not nn.Parameter:
             raise ConfigError("Quantised base weights can't take an adapter. Load the base model unquantised to merge.")
         with torch.no_grad():
-            change = self.scaling * (self.lora_B.weight @ self.lora_A.weight)
+            a, b = self.lora_A.weight, self.lora_B.weight
+            change = self.scaling * (b @ a)
             self.unmerged = self.weight.detach().clone()
             self.weight.copy_(self.weight.to(change.dtype) + change)
 

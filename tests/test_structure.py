@@ -106,6 +106,7 @@ SANCTIONED = {
         "*LayerNorm.*": (("tf",), "as above"),
     },
     "modeling.py": {
+        "*prepare_inputs_for_generation*": (BOTH, "PEFT, which is PyTorch's, wants to see it"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*tie_weights*": (BOTH, "there the head reads the token table; in PyTorch it is a second name for it"),
         "OPTDecoder.embed: *": (BOTH, "PyTorch's embedding has the pad row's gradient rule built in"),
