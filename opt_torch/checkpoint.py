@@ -47,7 +47,7 @@ class Pretrained:
         """Load a checkpoint, in evaluation mode.
 
         Args:
-            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format will do:
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
                 safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
                 what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.

@@ -16,6 +16,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.params import Head, Parameter, Scheme, parameter_table
+from opt_common.processors import program
 
 BACKENDS = tuple(name for name in os.environ.get("OPT_TEST_BACKENDS", "torch,tf,flax").split(",") if name)
 """The frameworks under test. One that is named and not installed makes its tests fail."""
@@ -161,6 +162,28 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
 
+    def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
+        """Continue prompts, and get the whole record, in NumPy."""
+        with self.scope(model):
+            mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
+            record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
+            values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            return type(record)(
+                **{
+                    name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
+                    for name, value in values.items()
+                }
+            )
+
+    def optional_array(self, value: Any) -> np.ndarray | None:
+        """An array of the framework's as NumPy; None stays None."""
+        return None if value is None else self.array(value)
+
+    def decoder(self, model: Any, prompt: Any) -> Any:
+        """The decoder of one run."""
+        with self.scope(model):
+            return importlib.import_module(f"{self.package.__name__}.generation").Decoder(model, prompt)
+
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
@@ -175,10 +198,11 @@ class Adapter:
             attended_BS=self.tensor(attended),
             length=tokens.shape[1],
         )
-        program = tuple((processor.name, processor.size) for processor in found)
         arguments = [tuple(map(self.tensor, processor.arguments)) for processor in found]
         with self.precision(str(scores.dtype)):
-            return self.array(module.process(self.tensor(scores), history, program, arguments, self.tensor(gates)))
+            return self.array(
+                module.process(self.tensor(scores), history, program(found), arguments, self.tensor(gates))
+            )
 
     def choose(self, scores: np.ndarray, uniforms: np.ndarray | None) -> np.ndarray:
         """The tokens chosen by processed scores."""
@@ -209,6 +233,10 @@ class Adapter:
     def tensor(self, value: Any) -> Any:
         """NumPy to the framework; anything else stays as it is."""
         raise NotImplementedError
+
+    def floats(self, value: Any) -> Any:
+        """A framework's array in float32."""
+        return value.astype("float32")
 
     def array(self, value: Any) -> np.ndarray:
         """The framework to NumPy."""
@@ -252,6 +280,9 @@ class TorchAdapter(Adapter):
         self.torch.manual_seed(0)
         return self.model_class(bare, head)(config, dtype=self.dtype(dtype)).eval()
 
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        return self.torch.no_grad()  # as generation always runs
+
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.torch.no_grad():
             variable.copy_(self.torch.from_numpy(value))
@@ -289,6 +320,9 @@ class TorchAdapter(Adapter):
 
     def tensor(self, value: Any) -> Any:
         return self.torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+    def floats(self, value: Any) -> Any:
+        return value.float()
 
     def array(self, value: Any) -> np.ndarray:
         value = value.detach()
@@ -369,6 +403,9 @@ class TFAdapter(Adapter):
 
     def tensor(self, value: Any) -> Any:
         return self.tf.constant(value) if isinstance(value, np.ndarray) else value
+
+    def floats(self, value: Any) -> Any:
+        return self.tf.cast(value, "float32")
 
     def array(self, value: Any) -> np.ndarray:
         return widened(value.numpy())
