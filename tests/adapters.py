@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ class Adapter:
 
     def count(self, model: Any) -> int:
         """Number of elements in all of the model's trainable parameters, as the framework counts them."""
+        raise NotImplementedError
+
+    # Saving as the framework does
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        """The framework's own functions that save a model: the name of what they write -> one that writes it there."""
         raise NotImplementedError
 
     # Computing
@@ -288,6 +295,16 @@ class TorchAdapter(Adapter):
     def count(self, model: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        state, save = model.state_dict(), self.torch.save
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        return {
+            "model.pt": lambda path: save(state, path),
+            "epoch-3.pth": lambda path: save(state, path),
+            "weights.bin": lambda path: save(dict(state), path, _use_new_zipfile_serialization=False),
+            "compiled.pt": lambda path: save(compiled, path),
+        }
+
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         model.train(training)
         try:
@@ -347,6 +364,31 @@ class TFAdapter(Adapter):
 
     def count(self, model: Any) -> int:
         return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        import keras
+
+        def train_state(path: Path) -> None:
+            model.compile(optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            model.optimizer.build(model.trainable_variables)
+            model.save(path)
+
+        def quietly(save: Callable[[Path], Any]) -> Callable[[Path], None]:
+            def call(path: Path) -> None:
+                with warnings.catch_warnings():
+                    # Keras hands NumPy its own variables, in a way that NumPy means to drop.
+                    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                    save(path)
+
+            return call
+
+        gigabytes = 2e-5
+        return {
+            "model.weights.h5": quietly(model.save_weights),
+            "model.keras": quietly(model.save),
+            "sharded.weights.json": quietly(lambda path: model.save_weights(path, max_shard_size=gigabytes)),
+            "trained.keras": quietly(train_state),
+        }
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -420,6 +462,31 @@ class FlaxAdapter(Adapter):
     def count(self, model: Any) -> int:
         kind = self.nnx.LoRAParam if model.lora_config else self.nnx.Param
         return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, kind)))
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        from orbax import checkpoint
+
+        state = self.nnx.state(model)
+        arrays = self.nnx.to_pure_dict(self.nnx.state(model, self.nnx.Param))
+
+        def standard(tree: Any) -> Callable[[Path], None]:
+            def save(path: Path) -> None:
+                with checkpoint.StandardCheckpointer() as saver:
+                    saver.save(path, tree)
+
+            return save
+
+        def manager(path: Path) -> None:
+            with checkpoint.CheckpointManager(path.parent) as saver:
+                saver.save(int(path.name), args=checkpoint.args.StandardSave(state))
+
+        apart = checkpoint.PyTreeCheckpointer(use_ocdbt=False)
+        return {
+            "state": standard(state),
+            "arrays": standard(arrays),
+            "apart": lambda path: apart.save(path, arrays),
+            "steps/3": manager,
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         (model.train if training else model.eval)()
