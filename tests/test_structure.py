@@ -189,6 +189,7 @@ SANCTIONED = {
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
         "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
+        "*forget_compiled*": (("tf",), "as above; JAX sees by itself that a model has other layers"),
     },
     "checkpoint.py": {
         "*(torch_dtype)": (BOTH, "an older name that only PyTorch's users have"),
