@@ -30,16 +30,28 @@ def read_json(path: Path, *, most: int = MAX_BYTES) -> Any:
             raise UnreadableError("it is not a regular file")
         if size > most:
             raise UnreadableError(f"it has {size} bytes, expected {most} at most")
-        text = path.read_bytes().decode()
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(str(error)) from None
+
+
+def parse_json(data: bytes) -> Any:
+    """What JSON says; how long it may be is for the caller to know.
+
+    Raises:
+        UnreadableError: if it is not UTF-8, no JSON, or an object in it has a key twice.
+    """
+    try:
+        text = data.decode()
         content = json.loads(text, object_pairs_hook=unique)
         if "\\ud" in text or "\\uD" in text:
             # Half of a character can stand in JSON, but neither be printed nor written.
             json.dumps(content, ensure_ascii=False).encode()
         return content
-    except FileNotFoundError:
-        raise
-    # ValueError: not UTF-8, not JSON, a key twice, or an integer of thousands of digits.
-    except (OSError, ValueError, RecursionError) as error:
+    # ValueError: all of the above, or an integer of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(str(error)) from None
 
 

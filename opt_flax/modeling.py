@@ -25,7 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -33,6 +33,7 @@ from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_flax.lora import Adaptable
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTModelOutput)
@@ -253,7 +254,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, nnx.Module):
+class FlaxOPTModel(Adaptable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -334,7 +335,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -408,7 +409,9 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
             return self.get_input_embeddings().attend(hidden_BTE)
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any) -> Array:
+    def generate(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+    ) -> Array | GenerateOutput:
         """Continue each prompt; see `opt_flax.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 

@@ -28,7 +28,7 @@ from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -36,6 +36,7 @@ from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_tf.lora import Adaptable
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -291,7 +292,7 @@ class TFOPTDecoder(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTModel(Pretrained, keras.Model):
+class TFOPTModel(Adaptable, Pretrained, keras.Model):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -393,7 +394,7 @@ class TFOPTModel(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForCausalLM(Pretrained, keras.Model):
+class TFOPTForCausalLM(Adaptable, Pretrained, keras.Model):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -484,7 +485,9 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Any, attention_mask: Any | None = None, **settings: Any) -> tf.Tensor:
+    def generate(
+        self, input_ids: Any, attention_mask: Any | None = None, **settings: Any
+    ) -> tf.Tensor | GenerateOutput:
         """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
@@ -525,7 +528,7 @@ def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) 
         options = {**arguments[0], **options}
         arguments = arguments[1:]
     signature = inspect.signature(model.call)
-    reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
+    reject_dropped({name: options.pop(name) for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
     names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
     targets = ("labels", "start_positions", "end_positions")

@@ -22,7 +22,7 @@ from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -30,6 +30,7 @@ from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.lora import Adaptable
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -244,7 +245,7 @@ class OPTDecoder(nn.Module):
         return torch.where(keep, new_BTD, hidden_BTD)
 
 
-class OPTModel(Pretrained, nn.Module):
+class OPTModel(Adaptable, Pretrained, nn.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -321,7 +322,7 @@ class OPTModel(Pretrained, nn.Module):
         return self.decoder.embed_tokens
 
 
-class OPTForCausalLM(Pretrained, nn.Module):
+class OPTForCausalLM(Adaptable, Pretrained, nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -390,9 +391,15 @@ class OPTForCausalLM(Pretrained, nn.Module):
         """The head: hidden states (…, E) to logits (…, V)."""
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
+        return {"input_ids": input_ids, **arguments}
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table."""
