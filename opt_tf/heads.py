@@ -23,10 +23,11 @@ from opt_common.reference import IGNORED_LABEL
 from opt_tf.cache import KVCache
 from opt_tf.checkpoint import Pretrained
 from opt_tf.modeling import Builder, TFOPTModel, check_call
+from opt_tf.training import Trainable
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForSequenceClassification(Pretrained, keras.Model):
+class TFOPTForSequenceClassification(Pretrained, Trainable, keras.Model):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -98,7 +99,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
@@ -138,7 +139,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForQuestionAnswering(Pretrained, keras.Model):
+class TFOPTForQuestionAnswering(Pretrained, Trainable, keras.Model):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -206,7 +207,7 @@ class TFOPTForQuestionAnswering(Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
