@@ -43,8 +43,9 @@ class Pretrained:
         """Load a checkpoint.
 
         Args:
-            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
-                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
+                safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
+                what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             attn_implementation: one of `opt_tf.attention.IMPLEMENTATIONS`; None means "eager".

@@ -6,7 +6,7 @@ C of them at a time in each of K chunks.
 
 # TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
 
 from collections.abc import Callable
 from typing import Any, ClassVar

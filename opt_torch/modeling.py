@@ -12,36 +12,24 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
+from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
+from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_torch.training import Trainable, causal_lm_loss, run_again
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "tanh": torch.tanh,
-}
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -52,7 +40,7 @@ def positions(attention_mask_BS: Tensor) -> Tensor:
 class OPTAttention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         D = config.hidden_size
         self.config = config
@@ -108,7 +96,7 @@ class OPTAttention(nn.Module):
 class OPTDecoderLayer(nn.Module):
     """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         D, F = config.hidden_size, config.ffn_dim
         affine = config.layer_norm_elementwise_affine
@@ -153,7 +141,7 @@ class OPTDecoderLayer(nn.Module):
 class OPTDecoder(nn.Module):
     """Embeddings, layers, final norm. Takes its inputs as they are; `OPTModel` checks them."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
@@ -195,7 +183,7 @@ class OPTDecoder(nn.Module):
 
         recompute = self.gradient_checkpointing and self.training and cache is None and not use_cache
         hidden_states: list[Tensor] = []
-        attentions: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         presents: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -421,7 +409,9 @@ class OPTForCausalLM(Pretrained, Trainable, nn.Module):
         """The head: hidden states (…, E) to logits (…, V)."""
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
@@ -433,44 +423,6 @@ class OPTForCausalLM(Pretrained, Trainable, nn.Module):
         """Make the head the token table, if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.decoder.embed_tokens.weight
-
-
-class Builder:
-    """Makes the layers of one model: same dtype, same device, same initial weights.
-
-    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
-    """
-
-    def __init__(self, config: OPTConfig, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-        self.dtype = dtype
-        self.device = device
-        self.normal = functools.partial(nn.init.normal_, std=config.init_std)
-
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nn.Linear:
-        """A linear layer."""
-        layer = nn.Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)
-        self.normal(layer.weight)
-        if use_bias:
-            nn.init.zeros_(layer.bias)
-        return layer
-
-    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nn.Embedding:
-        """A table of embeddings; row `pad` starts as zeros and gets no gradient from look-ups."""
-        layer = nn.Embedding(rows, features, padding_idx=pad, device=self.device, dtype=self.dtype)
-        self.normal(layer.weight)
-        if pad is not None:
-            nn.init.zeros_(layer.weight[pad])
-        return layer
-
-    def layer_norm(self, features: int, *, affine: bool) -> nn.LayerNorm:
-        """A layer norm."""
-        return nn.LayerNorm(
-            features, eps=LAYER_NORM_EPS, elementwise_affine=affine, device=self.device, dtype=self.dtype
-        )
-
-    def dropout(self, rate: float) -> nn.Dropout:
-        """A dropout layer."""
-        return nn.Dropout(rate)
 
 
 def check(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.params import Head, Parameter, Scheme, parameter_table
+from opt_common.processors import program
 
 BACKENDS = tuple(name for name in os.environ.get("OPT_TEST_BACKENDS", "torch,tf,flax").split(",") if name)
 """The frameworks under test. One that is named and not installed makes its tests fail."""
@@ -105,6 +107,12 @@ class Adapter:
         """Number of elements in all of the model's trainable parameters, as the framework counts them."""
         raise NotImplementedError
 
+    # Saving as the framework does
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        """The framework's own functions that save a model: the name of what they write -> one that writes it there."""
+        raise NotImplementedError
+
     # Computing
 
     def forward(self, model: Any, *, training: bool = False, checked: bool = False, **arguments: Any) -> Results:
@@ -182,6 +190,28 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
 
+    def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
+        """Continue prompts, and get the whole record, in NumPy."""
+        with self.scope(model):
+            mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
+            record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
+            values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            return type(record)(
+                **{
+                    name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
+                    for name, value in values.items()
+                }
+            )
+
+    def optional_array(self, value: Any) -> np.ndarray | None:
+        """An array of the framework's as NumPy; None stays None."""
+        return None if value is None else self.array(value)
+
+    def decoder(self, model: Any, prompt: Any) -> Any:
+        """The decoder of one run."""
+        with self.scope(model):
+            return importlib.import_module(f"{self.package.__name__}.generation").Decoder(model, prompt)
+
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
@@ -196,10 +226,11 @@ class Adapter:
             attended_BS=self.tensor(attended),
             length=tokens.shape[1],
         )
-        program = tuple((processor.name, processor.size) for processor in found)
         arguments = [tuple(map(self.tensor, processor.arguments)) for processor in found]
         with self.precision(str(scores.dtype)):
-            return self.array(module.process(self.tensor(scores), history, program, arguments, self.tensor(gates)))
+            return self.array(
+                module.process(self.tensor(scores), history, program(found), arguments, self.tensor(gates))
+            )
 
     def choose(self, scores: np.ndarray, uniforms: np.ndarray | None) -> np.ndarray:
         """The tokens chosen by processed scores."""
@@ -233,6 +264,10 @@ class Adapter:
     def tensor(self, value: Any) -> Any:
         """NumPy to the framework; anything else stays as it is."""
         raise NotImplementedError
+
+    def floats(self, value: Any) -> Any:
+        """A framework's array in float32."""
+        return value.astype("float32")
 
     def array(self, value: Any) -> np.ndarray:
         """The framework to NumPy."""
@@ -284,12 +319,25 @@ class TorchAdapter(Adapter):
         self.torch.manual_seed(0)
         return self.model_class(bare, head)(config, dtype=self.dtype(dtype)).eval()
 
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        return self.torch.no_grad()  # as generation always runs
+
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.torch.no_grad():
             variable.copy_(self.torch.from_numpy(value))
 
     def count(self, model: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        state, save = model.state_dict(), self.torch.save
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        return {
+            "model.pt": lambda path: save(state, path),
+            "epoch-3.pth": lambda path: save(state, path),
+            "weights.bin": lambda path: save(dict(state), path, _use_new_zipfile_serialization=False),
+            "compiled.pt": lambda path: save(compiled, path),
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         model.train(training)
@@ -359,6 +407,9 @@ class TorchAdapter(Adapter):
     def tensor(self, value: Any) -> Any:
         return self.torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
+    def floats(self, value: Any) -> Any:
+        return value.float()
+
     def array(self, value: Any) -> np.ndarray:
         value = value.detach()
         return value.float().numpy() if value.dtype == self.torch.bfloat16 else widened(value.numpy())
@@ -392,6 +443,31 @@ class TFAdapter(Adapter):
 
     def count(self, model: Any) -> int:
         return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        import keras
+
+        def train_state(path: Path) -> None:
+            model.compile(optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            model.optimizer.build(model.trainable_variables)
+            model.save(path)
+
+        def quietly(save: Callable[[Path], Any]) -> Callable[[Path], None]:
+            def call(path: Path) -> None:
+                with warnings.catch_warnings():
+                    # Keras hands NumPy its own variables, in a way that NumPy means to drop.
+                    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                    save(path)
+
+            return call
+
+        gigabytes = 2e-5
+        return {
+            "model.weights.h5": quietly(model.save_weights),
+            "model.keras": quietly(model.save),
+            "sharded.weights.json": quietly(lambda path: model.save_weights(path, max_shard_size=gigabytes)),
+            "trained.keras": quietly(train_state),
+        }
 
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -461,6 +537,9 @@ class TFAdapter(Adapter):
     def tensor(self, value: Any) -> Any:
         return self.tf.constant(value) if isinstance(value, np.ndarray) else value
 
+    def floats(self, value: Any) -> Any:
+        return self.tf.cast(value, "float32")
+
     def array(self, value: Any) -> np.ndarray:
         return widened(value.numpy())
 
@@ -510,6 +589,31 @@ class FlaxAdapter(Adapter):
 
     def count(self, model: Any) -> int:
         return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        from orbax import checkpoint
+
+        state = self.nnx.state(model)
+        arrays = self.nnx.to_pure_dict(self.nnx.state(model, self.nnx.Param))
+
+        def standard(tree: Any) -> Callable[[Path], None]:
+            def save(path: Path) -> None:
+                with checkpoint.StandardCheckpointer() as saver:
+                    saver.save(path, tree)
+
+            return save
+
+        def manager(path: Path) -> None:
+            with checkpoint.CheckpointManager(path.parent) as saver:
+                saver.save(int(path.name), args=checkpoint.args.StandardSave(state))
+
+        apart = checkpoint.PyTreeCheckpointer(use_ocdbt=False)
+        return {
+            "state": standard(state),
+            "arrays": standard(arrays),
+            "apart": lambda path: apart.save(path, arrays),
+            "steps/3": manager,
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         (model.train if training else model.eval)()
