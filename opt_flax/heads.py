@@ -23,6 +23,7 @@ from opt_common.reference import IGNORED_LABEL
 from opt_flax.cache import KVCache
 from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
+from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
 from opt_flax.training import Trainable
 
@@ -31,7 +32,7 @@ jax.tree_util.register_dataclass(OPTSequenceClassifierOutput)
 jax.tree_util.register_dataclass(OPTQuestionAnsweringOutput)
 
 
-class FlaxOPTForSequenceClassification(Pretrained, Trainable, nnx.Module):
+class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -124,7 +125,7 @@ class FlaxOPTForSequenceClassification(Pretrained, Trainable, nnx.Module):
         return self.model.get_input_embeddings()
 
 
-class FlaxOPTForQuestionAnswering(Pretrained, Trainable, nnx.Module):
+class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"

@@ -32,6 +32,7 @@ from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_flax.lora import Adaptable
 from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
@@ -262,7 +263,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, Trainable, nnx.Module):
+class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -343,7 +344,7 @@ class FlaxOPTModel(Pretrained, Trainable, nnx.Module):
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, Trainable, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"

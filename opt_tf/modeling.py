@@ -34,7 +34,8 @@ from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
-from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
+from opt_tf.lora import Adaptable
 from opt_tf.training import Trainable, causal_lm_loss, run_again
 
 if keras.version().startswith("2."):
@@ -300,7 +301,7 @@ class TFOPTDecoder(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTModel(Pretrained, Trainable, keras.Model):
+class TFOPTModel(Adaptable, Trainable, Pretrained, keras.Model):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -402,7 +403,7 @@ class TFOPTModel(Pretrained, Trainable, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForCausalLM(Pretrained, Trainable, keras.Model):
+class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -485,8 +486,11 @@ class TFOPTForCausalLM(Pretrained, Trainable, keras.Model):
             output_logits = labels is None or not training
         loss = None
         if labels is not None:
-            tied = self.config.tie_word_embeddings
-            head = (self.get_input_embeddings().embeddings if tied else self.lm_head.kernel, tied)
+            if self.config.tie_word_embeddings:
+                head = (self.get_input_embeddings().embeddings, True)
+            else:
+                # A layer of another kind, as with an adapter, is more than its kernel.
+                head = (self.lm_head.kernel, False) if type(self.lm_head) is Linear else self.logits
             labels = tf.convert_to_tensor(labels)
             loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
@@ -539,7 +543,7 @@ def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) 
         options = {**arguments[0], **options}
         arguments = arguments[1:]
     signature = inspect.signature(model.call)
-    reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
+    reject_dropped({name: options.pop(name) for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
     names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
     targets = ("labels", "start_positions", "end_positions")

@@ -86,7 +86,7 @@ def run_again(
 
 
 def causal_lm_loss(
-    head: tuple[tf.Tensor, bool],
+    head: tuple[tf.Tensor, bool] | Callable[[tf.Tensor], tf.Tensor],
     hidden_BTE: tf.Tensor,
     labels_BT: tf.Tensor,
     vocab_size: int,
@@ -97,13 +97,13 @@ def causal_lm_loss(
     The logits are computed `CHUNK_LOGITS` at a time, and again in the backward pass.
 
     Args:
-        head: weight of the head, and whether it is the table (V, E) or a kernel (E, V).
+        head: weight of the head, and whether it is the table (V, E) or a kernel (E, V); or, for a head that is more
+            than a weight, hidden states (X, E) to logits (X, V), of which then all are in memory.
         hidden_BTE: what the logits are computed from.
         labels_BT: ids; -100 does not count.
         vocab_size: V.
         num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
     """
-    weight, is_table = head
     B, T, E = keras.ops.shape(hidden_BTE)
     hidden_XE = tf.reshape(hidden_BTE[:, :-1], (-1, E))
     labels_X = tf.cast(tf.reshape(labels_BT[:, 1:], (-1,)), tf.int32)
@@ -113,8 +113,14 @@ def causal_lm_loss(
     missing = K * rows - X
     labels_KC = tf.reshape(tf.pad(labels_X, ((0, missing),), constant_values=IGNORED_LABEL), (K, rows))
 
-    hidden_KCE = tf.reshape(tf.pad(hidden_XE, ((0, missing), (0, 0))), (K, rows, E))
-    total = _summed_losses(hidden_KCE, tf.convert_to_tensor(weight), labels_KC, is_table)
+    if callable(head):
+        logits_XV = head(hidden_XE)
+        logits_XV = tf.cast(logits_XV, tf.float64 if logits_XV.dtype == tf.float64 else tf.float32)
+        losses_X = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels_X, 0), logits_XV)
+        total = tf.reduce_sum(tf.where(labels_X == IGNORED_LABEL, tf.zeros((), logits_XV.dtype), losses_X))
+    else:
+        hidden_KCE = tf.reshape(tf.pad(hidden_XE, ((0, missing), (0, 0))), (K, rows, E))
+        total = _summed_losses(hidden_KCE, tf.convert_to_tensor(head[0]), labels_KC, head[1])
     count = tf.reduce_sum(tf.cast(labels_X != IGNORED_LABEL, total.dtype))
     return total / (count if num_items_in_batch is None else tf.cast(num_items_in_batch, total.dtype))
 

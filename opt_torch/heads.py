@@ -21,11 +21,12 @@ from opt_common.reference import IGNORED_LABEL
 from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
 from opt_torch.layers import Builder
+from opt_torch.lora import Adaptable
 from opt_torch.modeling import OPTModel, check
 from opt_torch.training import Trainable
 
 
-class OPTForSequenceClassification(Pretrained, Trainable, nn.Module):
+class OPTForSequenceClassification(Adaptable, Trainable, Pretrained, nn.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -110,7 +111,7 @@ class OPTForSequenceClassification(Pretrained, Trainable, nn.Module):
         return self.model.get_input_embeddings()
 
 
-class OPTForQuestionAnswering(Pretrained, Trainable, nn.Module):
+class OPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nn.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"

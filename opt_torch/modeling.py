@@ -29,6 +29,7 @@ from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.lora import Adaptable
 from opt_torch.training import Trainable, causal_lm_loss, run_again
 
 
@@ -252,7 +253,7 @@ class OPTDecoder(nn.Module):
         return torch.where(keep, new_BTD, hidden_BTD)
 
 
-class OPTModel(Pretrained, Trainable, nn.Module):
+class OPTModel(Adaptable, Trainable, Pretrained, nn.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -329,7 +330,7 @@ class OPTModel(Pretrained, Trainable, nn.Module):
         return self.decoder.embed_tokens
 
 
-class OPTForCausalLM(Pretrained, Trainable, nn.Module):
+class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -414,6 +415,10 @@ class OPTForCausalLM(Pretrained, Trainable, nn.Module):
     ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
+        return {"input_ids": input_ids, **arguments}
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table."""

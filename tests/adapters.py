@@ -144,19 +144,21 @@ class Adapter:
             cache=output.past_key_values,
         )
 
-    def gradients(self, model: Any, *, training: bool = False, **arguments: Any) -> dict[str, np.ndarray]:
+    def gradients(
+        self, model: Any, table: tuple[Parameter, ...] | None = None, *, training: bool = False, **arguments: Any
+    ) -> dict[str, np.ndarray]:
         """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
+        table = self.table(model) if table is None else table
         with self.scope(model):
-            found = self.loss_gradients(
-                model, {name: self.tensor(value) for name, value in arguments.items()}, training=training
-            )
+            arguments = {name: self.tensor(value) for name, value in arguments.items()}
+            found = self.loss_gradients(model, table, arguments, training=training)
         return {
             parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
-            for parameter in self.table(model)
+            for parameter in table
         }
 
     def loss_gradients(
-        self, model: Any, arguments: Mapping[str, Any], *, training: bool
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         """The gradients of the loss in the framework's layout, by parameter."""
         raise NotImplementedError
@@ -327,7 +329,7 @@ class TorchAdapter(Adapter):
             variable.copy_(self.torch.from_numpy(value))
 
     def count(self, model: Any) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
     def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
         state, save = model.state_dict(), self.torch.save
@@ -348,13 +350,13 @@ class TorchAdapter(Adapter):
             model.eval()
 
     def loss_gradients(
-        self, model: Any, arguments: Mapping[str, Any], *, training: bool
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         model.zero_grad()
         model.train(training)
         model(**arguments).loss.backward()
         model.eval()
-        found = {parameter.name: self.parameter(model, parameter).grad for parameter in self.table(model)}
+        found = {parameter.name: self.parameter(model, parameter).grad for parameter in table}
         model.zero_grad()
         return lambda parameter: self.array(found[parameter.name])
 
@@ -481,9 +483,9 @@ class TFAdapter(Adapter):
         return model(**arguments, training=training)
 
     def loss_gradients(
-        self, model: Any, arguments: Mapping[str, Any], *, training: bool
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
-        variables = {parameter.name: self.parameter(model, parameter) for parameter in self.table(model)}
+        variables = {parameter.name: self.parameter(model, parameter) for parameter in table}
         with self.tf.GradientTape() as tape:
             loss = model(**arguments, training=training).loss
         gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
@@ -588,7 +590,8 @@ class FlaxAdapter(Adapter):
             variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
 
     def count(self, model: Any) -> int:
-        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+        kind = self.nnx.LoRAParam if model.lora_config else self.nnx.Param
+        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, kind)))
 
     def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
         from orbax import checkpoint
@@ -634,7 +637,7 @@ class FlaxAdapter(Adapter):
             model.eval()
 
     def loss_gradients(
-        self, model: Any, arguments: Mapping[str, Any], *, training: bool
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         (model.train if training else model.eval)()
         gradients = self.compiled_gradient(model, dict(arguments))
@@ -643,6 +646,8 @@ class FlaxAdapter(Adapter):
         def find(parameter: Parameter) -> np.ndarray:
             found = gradients
             for part in parameter.path(self.scheme):
+                if "base_layer" in found and part not in found:
+                    found = found["base_layer"]
                 found = found[int(part) if part.isdigit() else part]
             return self.array(found)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from opt_common import reference
+from opt_common.lora import LoraConfig
 from tests.cases import THOROUGH, expected, inputs_of
 from tests.test_config_effects import BASE, IDS, seeded_model
 from tests.tolerances import FLOAT32, FLOAT64, FLOAT64_GRADIENT, compare
@@ -44,6 +45,17 @@ def test_a_loss_in_chunks_is_the_loss(backend, load, chunked, variant):
     compare(backend.forward(model, checked=True, **arguments).loss, wanted, FLOAT64)
     for name, gradient in backend.gradients(model, **arguments).items():
         compare(gradient, whole[name], FLOAT64_GRADIENT, what=name)
+
+
+def test_an_adapted_head_is_trained_whole(backend):
+    """Its loss is that of the logits, adapter and all."""
+    model = backend.build(BASE.replace(tie_word_embeddings=False))
+    model.add_lora(LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False))
+    found = backend.forward(model, input_ids=IDS, labels=IDS)
+    logits = found.logits[:, :-1].astype(np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    wanted = -np.take_along_axis(log_probs, IDS[:, 1:, None], -1).mean()
+    compare(found.loss.reshape(()), wanted, FLOAT32)
 
 
 def test_no_array_is_as_large_as_the_logits(backend, chunked):
