@@ -17,7 +17,9 @@ from typing import Any, Literal, cast
 from opt_common.errors import GenerationError, OPTError
 from opt_common.generation_config import DEFAULT_TOP_K
 from opt_common.hub import BUNDLED_MODEL
+from opt_common.params import ARCHITECTURES
 from opt_common.pretrained import MODEL_DTYPES
+from opt_common.states import write_states
 from opt_common.tokenizer import OPTTokenizer
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -50,7 +52,8 @@ class Program:
         name: what it is called.
         framework: the framework's name.
         tensors: what the tokenizer calls the framework's arrays.
-        load: makes the language model of a directory or hub id; takes `from_pretrained`'s keywords.
+        load: makes the model of a directory or hub id; takes `from_pretrained`'s keywords, and `architecture`, the
+            name of PyTorch's class for it, which without it is that of a language model.
     """
 
     name: str
@@ -74,7 +77,7 @@ def run(program: Program, argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # A warning is for people: its sentence, without the line of code it comes from.
             warnings.showwarning = functools.partial(_show_warning, program.name)
-            _generate(program, arguments)
+            arguments.run(program, arguments)
             sys.stdout.flush()
     except OPTError as error:
         print(f"{program.name}: {error}", file=sys.stderr)
@@ -110,6 +113,11 @@ def _generate(program: Program, arguments: argparse.Namespace) -> None:
     for number, text in enumerate(texts):
         prompt = prompts[number // copies]
         print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) if arguments.json else text)
+
+
+def _states(program: Program, arguments: argparse.Namespace) -> None:
+    model = program.load(arguments.model, dtype=arguments.dtype, architecture=arguments.architecture)
+    write_states(model, program.tensors, Path(arguments.inputs), Path(arguments.outputs))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -174,6 +182,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
         epilog=epilogue,
         formatter_class=layout,
     )
+    generate.set_defaults(run=_generate)
     generate.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help=f'a text to continue (default "{DEFAULT_PROMPT}")'
     )
@@ -196,6 +205,17 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     generate.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
     generate.add_argument("--token", help="access token of the hub")
     generate.add_argument("--offline", action="store_true", help="use only what is already there")
+    states = commands.add_parser(
+        "states",
+        help="logits and hidden states of given ids, as `opt-convert verify --framework` compares them",
+        description="Compute given ids, and write logits, hidden states and greedy tokens to a file.",
+    )
+    states.set_defaults(run=_states)
+    states.add_argument("model", metavar="DIRECTORY", help="a checkpoint of any format")
+    states.add_argument("inputs", metavar="INPUTS", help="an .npz with ids, mask, prompt, prompt_mask and steps")
+    states.add_argument("outputs", metavar="OUTPUTS", help="the .npz to write")
+    states.add_argument("--architecture", choices=tuple(ARCHITECTURES.values()), default=ARCHITECTURES["lm"])
+    states.add_argument("--dtype", choices=MODEL_DTYPES, default="float64", help="dtype of the arithmetic")
     return parser
 
 

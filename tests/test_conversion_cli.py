@@ -90,7 +90,8 @@ def test_help_has_examples_and_the_exit_codes(command: list[str], capsys: pytest
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"], ["verify", "a", "b"], ["destroy"]]
+    "arguments",
+    [[], ["convert", "a", "b"], ["convert", "a", "b", "--to", "onnx"], ["verify", "a", "b", "c"], ["destroy"]],
 )
 def test_a_wrong_command_line_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     code, out, err = run(capsys, *arguments)
