@@ -16,8 +16,9 @@ import numpy as np
 from conversion.canonical import EMBEDDING, HEAD, canonical_names
 from conversion.dtypes import BY_NUMPY
 from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
+from conversion.identity import identities
 from conversion.metaseq_config import config_of
-from conversion.tensors import Array, Reader, TensorInfo
+from conversion.tensors import Array, Reader, TensorInfo, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index
@@ -49,6 +50,7 @@ class Checkpoint:
         config: the configuration of the model.
         format: "safetensors", "torch", "tf", "flax" or "metaseq".
         files: the weight files.
+        identities: what the file system noted of them before they were opened.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
         head: what stands on the decoder, by the class in the configuration, or else by the tensors.
@@ -58,6 +60,7 @@ class Checkpoint:
         """Open the files; without a configuration, it is that which metaseq's files say."""
         self.format = format_name
         self.files = files
+        self.identities = identities(files)
         self._readers: list[Reader] = []
         self._tensors: dict[str, tuple[Reader, str, bool]] = {}
         try:
@@ -302,8 +305,8 @@ def _equal(a: Array, b: Array) -> bool:
     rows = max(1, _COMPARED_ELEMENTS // max(1, a[:1].size))
     return all(
         np.array_equal(
-            np.ascontiguousarray(a[start : start + rows]).view(np.uint8),
-            np.ascontiguousarray(b[start : start + rows]).view(np.uint8),
+            np.ascontiguousarray(fetch(a[start : start + rows])).view(np.uint8),
+            np.ascontiguousarray(fetch(b[start : start + rows])).view(np.uint8),
         )
         for start in range(0, len(a), rows)
     )

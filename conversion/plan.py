@@ -13,7 +13,7 @@ from conversion.canonical import EMBEDDING, HEAD, to_metaseq, to_native
 from conversion.dtypes import BY_NUMPY, dtype_name
 from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
 from conversion.metaseq_config import arguments_of
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import FORMATS, METASEQ
@@ -92,7 +92,7 @@ class Tensor:
             array = read(parameter)
             assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
             arrays.append(array[self.window])
-        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate([fetch(array) for array in arrays])
         return whole.T if self.transposed else whole
 
 

@@ -19,7 +19,18 @@ import numpy as np
 
 from conversion.dtypes import BY_NAME
 from conversion.formats.hdf5_structure import DamagedError, File, Object
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
+from conversion.tensors import (
+    PIECE_BYTES,
+    Array,
+    ReadNative,
+    TensorInfo,
+    TensorSpec,
+    damaged,
+    fetch,
+    map_file,
+    pieces,
+    view,
+)
 from opt_common.params import HEAD_MODULES, Scheme
 
 SCHEME: Scheme = "keras"
@@ -71,10 +82,15 @@ class Hdf5Reader:
         raw = view(self._buffer, stored.start, stored.raw)
         if stored.info == stored.raw:
             return raw
-        bits = raw.view(np.uint32)
-        if (bits & 0xFFFF).any():
-            raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
-        return (bits >> 16).astype(np.uint16).view(stored.info.dtype)
+        bits = raw.view(np.uint32).reshape(-1)
+        upper = np.empty(bits.size, np.uint16)
+        step = PIECE_BYTES // bits.itemsize
+        for start in range(0, bits.size, step):
+            piece = fetch(bits[start : start + step])
+            if (piece & 0xFFFF).any():
+                raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
+            upper[start : start + step] = piece >> 16
+        return upper.view(stored.info.dtype).reshape(stored.info.shape)
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.

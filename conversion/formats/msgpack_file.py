@@ -17,7 +17,18 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from conversion.dtypes import BY_NAME, BY_NUMPY
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, is_shape, map_file, pieces, view
+from conversion.tensors import (
+    Array,
+    ReadNative,
+    TensorInfo,
+    TensorSpec,
+    damaged,
+    is_shape,
+    joined,
+    map_file,
+    pieces,
+    view,
+)
 from opt_common.params import Scheme
 
 SCHEME: Scheme = "nnx"
@@ -65,7 +76,7 @@ class MsgpackReader:
             view(self._buffer, start, TensorInfo(stored.info.dtype, (size // itemsize,)))
             for start, size in stored.chunks
         ]
-        return np.concatenate(parts).reshape(stored.info.shape) if parts else np.empty(stored.info.shape)
+        return joined(parts, stored.info.dtype).reshape(stored.info.shape)
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.
