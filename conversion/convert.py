@@ -12,6 +12,7 @@ from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoin
 from conversion.dtypes import parse_dtype
 from conversion.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes
+from conversion.unfinished import is_left_to_publish
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
@@ -106,6 +107,7 @@ def convert(
     model_parts: int | None = None,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
     **hub: Any,
 ) -> Conversion:
@@ -120,23 +122,29 @@ def convert(
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
         config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
+        resume: go on with what an interrupted call with the same arguments has left beside `dst`: weight files that
+            were finished are checked by their digests and used. Without such work, begin from the start.
         progress: show a bar on standard error, if that is a terminal.
         **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
 
     Raises:
         ConfigError: if the source's configuration is no OPT model's.
-        CheckpointError: if the source is damaged or incomplete, the target is refused, the disk is too small, or a
-            number is too large for `dtype`. Nothing is left behind.
-        OSError: if the disk is full or not writable. Nothing is left behind.
+        CheckpointError: if the source is damaged, incomplete, or changes meanwhile, the target is refused, the disk is
+            too small, a number is too large for `dtype`, or an interrupted call's work is in the way. Nothing is left
+            behind.
+        OSError: if the disk is full or not writable. Weight files that are finished are kept for `resume`; a note of
+            the error says where. Otherwise nothing is left behind.
     """
-    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
+    published = resume and is_left_to_publish(Path(dst))
+    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force or published, hub) as prepared:
         plan, target, checkpoint = prepared.plan, prepared.target, prepared.checkpoint
 
         def read(parameter: Parameter) -> Any:
             return checkpoint.read(parameter.name)
 
         with _bar(plan, show=progress) as advance:
-            write_plan(target, plan, read, prepared.documents, advance)
+            identities = checkpoint.identities
+            write_plan(target, plan, read, prepared.documents, advance, source=identities, resume=resume)
         return Conversion(
             source=checkpoint.files,
             source_format=checkpoint.format,

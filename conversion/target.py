@@ -27,14 +27,21 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
+def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes], *, finished: int = 0) -> None:
     """Make sure that there is room for a plan, before hours are spent on it.
+
+    Args:
+        directory: where to.
+        plan: what is to be written.
+        documents: further files by name.
+        finished: bytes of it that are on the disk already.
 
     Raises:
         CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
     """
-    if (free := free_bytes(directory)) < needed_bytes(plan, documents):
-        raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
+    needed = needed_bytes(plan, documents) - finished
+    if (free := free_bytes(directory)) < needed:
+        raise CheckpointError(no_room(directory, needed, free))
 
 
 def no_room(directory: Path, needed: int, free: int) -> str:
