@@ -85,10 +85,11 @@ def publish(staging: Path, directory: Path, last: str) -> None:
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    new = sorted(path.name for path in staging.iterdir())
-    (directory / last).unlink(missing_ok=True)
-    sync(directory)
-    for name in [*(name for name in new if name != last), last]:
+    new = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == last, name))
+    if last in new:  # else an earlier run was interrupted after it
+        (directory / last).unlink(missing_ok=True)
+        sync(directory)
+    for name in new:
         (staging / name).replace(directory / name)
     sync(directory)
 

@@ -104,6 +104,7 @@ class Work:
             CheckpointError: if there is one and it is not to be gone on with, or can't be.
         """
         self._make()
+        manifest: dict[str, Any] | None = {}
         try:
             self._lock = self._locked()
             manifest = self._manifest()
@@ -114,23 +115,28 @@ class Work:
                 self.published = resume and self._target.exists()
             else:
                 self._take_over(manifest, resume=resume)
-            if not self.published:
+            if self.published:
+                self._remove()
+            else:
                 self.files.mkdir(exist_ok=True)
                 self._save()
-        except BaseException:
+        except BaseException as error:
+            if manifest is None and isinstance(error, OSError):  # no room even for the note
+                self._remove()
             self._unlock()
             raise
 
     def note(self, name: str, digest: str) -> None:
         """Note that a file is finished; it is on the disk by now."""
-        self.finished[name] = ((self.files / name).stat().st_size, digest)
-        self._save(durable=True)
+        finished = {**self.finished, name: ((self.files / name).stat().st_size, digest)}
+        self._save(finished=finished, durable=True)
+        self.finished = finished
 
     def publish(self, last: str) -> None:
         """Move the whole target to its place; `last` is the file without which it is no checkpoint."""
         if self._target.exists() and not self._whole:
+            self._save(whole=True, durable=True)
             self._whole = True
-            self._save(durable=True)
         publish(self.files, self._target, last)
         self._remove()
 
@@ -253,7 +259,9 @@ class Work:
                 f"{', '.join(foreign[:5])}. Move them away."
             )
 
-    def _save(self, *, durable: bool = False) -> None:
+    def _save(
+        self, *, finished: Mapping[str, tuple[int, str]] | None = None, whole: bool = False, durable: bool = False
+    ) -> None:
         """Write the note, such that there always is a whole one."""
         if self._task is None:
             return
@@ -261,8 +269,8 @@ class Work:
         content = {
             "task": self._task.to_dict(),
             "names": self._names,
-            "finished": self.finished,
-            "whole": self._whole,
+            "finished": self.finished if finished is None else finished,
+            "whole": whole,
         }
         new.write_bytes(json_bytes(content))
         if durable:

@@ -9,9 +9,12 @@ an attribute `dtype` = "bfloat16" on the dataset: Keras and `transformers` read 
 gives back the very bits.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ ATTRIBUTE_BYTES = 64512
 _KERAS_VERSION = "2.15.0"  # the last release of the Keras 2 whose layout this is
 _DTYPE_ATTRIBUTE = "dtype"
 _MAX_DEPTH = 32
+_ERRNO = re.compile(r"\berrno = (\d{1,4})")
 _BFLOAT16 = BY_NAME["bfloat16"].numpy
 _FLOAT32 = BY_NAME["float32"].numpy
 
@@ -122,7 +126,7 @@ def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
         read: gives the array of a name; it is called once for each, in order.
     """
     single = _is_single(tensors)
-    with _h5py().File(path, "x", libver=("earliest", "v108")) as file:
+    with _system_errors(path), _h5py().File(path, "x", libver=("earliest", "v108")) as file:
         offsets = {tensor.name: _create(file, _where(tensor.name, single), tensor.info) for tensor in tensors}
         _write_lists(file, [tensor.name for tensor in tensors], single)
     # The datasets have their place in the file by now; their bytes go there without passing through HDF5.
@@ -206,6 +210,18 @@ def _stored(name: str, where: Object) -> _Stored:
 
 
 # Writing
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Generator[None]:
+    """HDF5 has what the system refuses in the text of a RuntimeError; here it is an OSError, as everywhere else."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = _ERRNO.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def _raw_info(info: TensorInfo) -> TensorInfo:
