@@ -1,5 +1,6 @@
 """Whether files are still what they were: noticed by what the file system notes of them, without reading them."""
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ The time of the entry is there because the other can be set back by a program th
 
 
 def identities(files: Iterable[Path]) -> dict[Path, Identity]:
-    """What the file system notes of files; those that are absent are left out."""
+    """What the file system notes of files, and of those in directories; those that are absent are left out."""
     found: dict[Path, Identity] = {}
-    for path in files:
+    for path in itertools.chain.from_iterable((path, *sorted(path.rglob("*"))) for path in files):
         try:
             status = path.stat()
         except OSError:

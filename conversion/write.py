@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import secrets
+import shutil
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +12,7 @@ from pathlib import Path
 from conversion.formats import metaseq_file
 from conversion.identity import Identity, changed, changed_meanwhile, check_unchanged
 from conversion.plan import FORMAT_MODULES, Plan, ReadParameter, Tensor, index_content
-from conversion.target import check_disk, check_target, sync
+from conversion.target import check_disk, check_target, publish, sync
 from conversion.tensors import Array
 from conversion.unfinished import Task, Work, sha256, work_on
 from opt_common.errors import CheckpointError
@@ -211,3 +213,23 @@ def _write_shard(
         metaseq_file.write(path, specs, read_native, plan.arguments)
     else:
         FORMAT_MODULES[plan.format].write(path, specs, read_native)
+
+
+@contextlib.contextmanager
+def staged(directory: Path, key_file: str) -> Generator[Path]:
+    """A new directory beside the target. What is in it at the end of the `with` statement is moved into the target.
+
+    Args:
+        directory: the target, resolved.
+        key_file: the file without which none of the others is taken for something whole.
+    """
+    staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        publish(staging, directory, key_file)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

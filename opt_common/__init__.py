@@ -11,7 +11,9 @@ from opt_common.errors import (
     TokenizerError,
 )
 from opt_common.generation import GenerationConfig
+from opt_common.lora import LoraConfig
 from opt_common.tokenizer import OPTTokenizer
+from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 
 __all__ = [
     "CheckpointError",
@@ -19,9 +21,12 @@ __all__ = [
     "GenerationConfig",
     "GenerationError",
     "InputError",
+    "LoraConfig",
     "MissingFrameworkError",
     "OPTConfig",
     "OPTError",
     "OPTTokenizer",
     "TokenizerError",
+    "WatermarkDetector",
+    "WatermarkingConfig",
 ]

@@ -12,7 +12,6 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,28 +22,18 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
-from opt_common.errors import InputError
+from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
-from opt_common.reference import IGNORED_LABEL
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_flax.lora import Adaptable
+from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTModelOutput)
@@ -59,7 +48,7 @@ def positions(attention_mask_BS: Array) -> Array:
 class FlaxOPTAttention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         D = config.hidden_size
         self.config = config
         self.attn_implementation = attn_implementation
@@ -115,7 +104,7 @@ class FlaxOPTAttention(nnx.Module):
 class FlaxOPTDecoderLayer(nnx.Module):
     """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         D, F = config.hidden_size, config.ffn_dim
         affine = config.layer_norm_elementwise_affine
         self.config = config
@@ -159,7 +148,7 @@ class FlaxOPTDecoderLayer(nnx.Module):
 class FlaxOPTDecoder(nnx.Module):
     """Embeddings, layers, final norm. Takes its inputs as they are; `FlaxOPTModel` checks them."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
         self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
@@ -173,6 +162,7 @@ class FlaxOPTDecoder(nnx.Module):
             FlaxOPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
         )
         self.layer_dropout = build.dropout(config.layerdrop)
+        self.gradient_checkpointing = False
 
     def __call__(
         self,
@@ -200,15 +190,23 @@ class FlaxOPTDecoder(nnx.Module):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
+        recompute = (
+            self.gradient_checkpointing and not self.layer_dropout.deterministic and cache is None and not use_cache
+        )
         hidden_states: list[Array] = []
         attentions: list[Any] = []
         presents: list[tuple[Array, Array]] = []
         for index, layer in enumerate(self.layers):
-            hidden_states.append(hidden_BTD)
+            if output_hidden_states:
+                hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+            if recompute:
+                new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
+            else:
+                new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+                if use_cache:
+                    presents.append(present)
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
-            presents.append(present)
             attentions.append(probs_BNTS)
         if output_attentions and not isinstance(offset, Tracer):
             # No token, no probability: the cache's unused slots are cut off where their number is known.
@@ -265,7 +263,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, nnx.Module):
+class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -315,7 +313,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
             position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
             inputs_embeds: (B, T, E), in place of the rows of the token table.
             past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
-            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            use_cache: whether to return a cache; None means `config.use_cache`, and none in training or with labels.
             output_hidden_states: whether to return every layer's input.
             output_attentions: whether to return attention probabilities.
 
@@ -346,7 +344,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -383,12 +381,18 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
+        num_items_in_batch: int | Array | None = None,
         **dropped: Any,
     ) -> OPTCausalLMOutput:
         """Compute logits and, given labels, the loss.
 
         Args:
             labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+            output_logits: whether to return logits. None means yes, but no in training with labels: there the loss is
+                what is wanted, and logits would take most of the memory.
+            num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+                Batches of one step of gradient accumulation are told the number of all of them together.
 
         The other arguments and the errors are those of `FlaxOPTModel`.
         """
@@ -400,15 +404,22 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             **dropped,
         )
-        logits_BTV = self.logits(outputs.last_hidden_state)
+        hidden_BTE = outputs.last_hidden_state
+        if output_logits is None:
+            output_logits = labels is None or not self.training
+        loss = None
+        if labels is not None:
+            loss = causal_lm_loss(
+                self.logits, hidden_BTE, jnp.asarray(labels), self.config.vocab_size, num_items_in_batch
+            )
         return OPTCausalLMOutput(
-            loss=None if labels is None else causal_lm_loss(logits_BTV, jnp.asarray(labels)),
-            logits=logits_BTV,
+            loss=loss,
+            logits=self.logits(hidden_BTE) if output_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -420,7 +431,9 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
             return self.get_input_embeddings().attend(hidden_BTE)
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any) -> Array:
+    def generate(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+    ) -> Array | GenerateOutput:
         """Continue each prompt; see `opt_flax.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
@@ -432,78 +445,6 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
     def get_input_embeddings(self) -> nnx.Embed:
         """The token table."""
         return self.model.get_input_embeddings()
-
-
-def causal_lm_loss(logits_BTV: Array, labels_BT: Array) -> Array:
-    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
-    logits_BTV = logits_BTV[:, :-1].astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-    labels_BT = labels_BT[:, 1:]
-    counted_BT = labels_BT != IGNORED_LABEL
-    log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(log_probs_BTV, jnp.where(counted_BT, labels_BT, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.where(counted_BT, picked_BT, 0).sum() / counted_BT.sum()
-
-
-class Builder:
-    """Makes the layers of one model: same dtypes, same initial weights, same source of random numbers.
-
-    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
-    """
-
-    def __init__(self, config: OPTConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.dtype = jnp.dtype(dtype)
-        self.param_dtype = jnp.dtype(param_dtype)
-        if "float64" in (self.dtype.name, self.param_dtype.name) and not jax.config.read("jax_enable_x64"):
-            raise InputError(
-                "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
-            )
-        self.rngs = rngs
-        self.normal = nnx.initializers.normal(config.init_std)
-
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nnx.Linear:
-        """A linear layer."""
-        return nnx.Linear(
-            in_features,
-            out_features,
-            use_bias=use_bias,
-            kernel_init=self.normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nnx.Embed:
-        """A table of embeddings; row `pad` starts as zeros."""
-
-        def embedding_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            table = self.normal(key, shape, dtype)
-            return table if pad is None else table.at[pad].set(0)
-
-        return nnx.Embed(
-            rows,
-            features,
-            embedding_init=embedding_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def layer_norm(self, features: int, *, affine: bool) -> nnx.LayerNorm:
-        """A layer norm, with the variance computed in the way that does not cancel."""
-        return nnx.LayerNorm(
-            features,
-            epsilon=LAYER_NORM_EPS,
-            use_bias=affine,
-            use_scale=affine,
-            use_fast_variance=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def dropout(self, rate: float) -> nnx.Dropout:
-        """A dropout layer."""
-        return nnx.Dropout(rate, rngs=self.rngs)
 
 
 def check(

@@ -14,7 +14,19 @@ import pytest
 from tests.paths import ROOT
 
 PACKAGES = {"torch": "opt_torch", "tf": "opt_tf", "flax": "opt_flax"}
-FILES = ("cache.py", "attention.py", "modeling.py", "heads.py", "processors.py", "generation.py", "checkpoint.py")
+FILES = (
+    "cache.py",
+    "attention.py",
+    "layers.py",
+    "modeling.py",
+    "heads.py",
+    "lora.py",
+    "training.py",
+    "processors.py",
+    "selection.py",
+    "generation.py",
+    "checkpoint.py",
+)
 
 RENAMED = {"call": "forward", "__call__": "forward"}
 """What each framework calls the method that computes."""
@@ -88,7 +100,15 @@ SANCTIONED = {
         "attend(implementation)": (("tf",), "TensorFlow has one path"),
         "_eager: at_least_float32": (("tf",), "no function promotes dtypes there"),
     },
+    "layers.py": {
+        "*Builder.*": (BOTH, "making new layers is each framework's own business"),
+        "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
+        "*Linear.*": (("tf",), "as above"),
+        "*LayerNorm.*": (("tf",), "as above"),
+        "*Embedding*": (("tf",), "Keras' own has a gradient that its optimizers misread"),
+    },
     "modeling.py": {
+        "*prepare_inputs_for_generation*": (BOTH, "PEFT, which is PyTorch's, wants to see it"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*tie_weights*": (BOTH, "there the head reads the token table; in PyTorch it is a second name for it"),
         "OPTDecoder.embed: *": (BOTH, "PyTorch's embedding has the pad row's gradient rule built in"),
@@ -100,8 +120,6 @@ SANCTIONED = {
         "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
         "OPTDecoder.masking(cache)": (BOTH, "the mask is as wide as the static cache"),
         "OPTDecoder.masking: maybe_empty": (BOTH, "see attention.py"),
-        "causal_lm_loss: *": (BOTH, "PyTorch's cross_entropy knows ignored labels"),
-        "*Builder.*": (BOTH, "making new layers is each framework's own business"),
         "check: *": (BOTH, "each framework has its way to know a traced array"),
         "OPTAttention.forward: dropping": (
             ("flax",),
@@ -122,10 +140,8 @@ SANCTIONED = {
         "OPT*.forward: options": (("tf",), "as above"),
         "*check_call*": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
+        "OPTForCausalLM.forward: *": (("tf",), "the loss takes the head's weight, whose gradient it computes itself"),
         "OPTForCausalLM.logits: *": (("tf",), "the tied head is a product with the transposed table"),
-        "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
-        "*Linear.*": (("tf",), "as above"),
-        "*LayerNorm.*": (("tf",), "as above"),
     },
     "heads.py": {
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
@@ -143,6 +159,28 @@ SANCTIONED = {
         "OPT*.forward: options": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
     },
+    "training.py": {
+        "*(gradient_checkpointing_kwargs)": (BOTH, "only PyTorch's checkpointing has options"),
+        "*gradient_checkpointing_enable: decoder": (BOTH, "as above"),
+        "run_again(options)": (BOTH, "as above"),
+        "run_again: *": (("tf",), "random numbers and the order of a graph are kept by hand"),
+        "causal_lm_loss: *": (BOTH, "where a loop is compiled, its turns must be alike"),
+        "*_summed_losses*": (("tf",), "its own gradient, which a loop of TensorFlow's would keep all logits for"),
+        "*_slopes*": (("tf",), "as above"),
+    },
+    "lora.py": {
+        "*LoraLinear.weight*": (BOTH, "they call it kernel"),
+        "*LoraLinear.kernel*": (BOTH, "as above"),
+        "outer_place: *": (BOTH, "modules are found by attributes; PyTorch finds them by name"),
+        "adapter_linear: *": (BOTH, "each framework has its way to make a layer"),
+        "fill: variable": (BOTH, "an array is laid out as the variable is"),
+        "*(rngs)": (("flax",), "Flax takes its random numbers from its caller"),
+        "*retype*": (("flax",), "there, what trains is known by the type of the variable"),
+        "Adaptable.merge_and_unload: *": (BOTH, "each framework has its way to say what trains"),
+        "wrap: variable": (("tf",), "as above"),
+        "*replace*": (("tf",), "Keras has a lock on the layers of a layer"),
+        "adapter_linear(name)": (("tf",), "Keras layers have names"),
+    },
     "processors.py": {
         "History.seen: *": (BOTH, "each framework has its way to scatter"),
         "running_sum*": (("flax",), "without float64, a sum is a pair of numbers"),
@@ -151,13 +189,18 @@ SANCTIONED = {
         "vocab_size*": (("tf",), "a static size may be None to a type checker"),
         "def vocab_size": (("tf",), "as above"),
     },
+    "selection.py": {},
     "generation.py": {
-        "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),
+        "generate: *": (("tf",), "Keras passes the mode as an argument"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
+        "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
+        "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),
         "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
         "*_step*": (BOTH, "that function"),
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
+        "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
+        "*forget_compiled*": (("tf",), "as above; JAX sees by itself that a model has other layers"),
     },
     "checkpoint.py": {
         "*(torch_dtype)": (BOTH, "an older name that only PyTorch's users have"),
