@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from conversion.dtypes import BY_NAME
-from conversion.formats.hdf5_structure import DamagedError, File, Object
+from conversion.formats.hdf5_structure import DamagedError, File, Object, check_apart
 from conversion.tensors import (
     PIECE_BYTES,
     Array,
@@ -30,6 +30,7 @@ from conversion.tensors import (
     TensorSpec,
     damaged,
     fetch,
+    frozen,
     map_file,
     pieces,
     view,
@@ -77,6 +78,7 @@ class Hdf5Reader:
             root = File(self._buffer).root
             for name, where in _names(root).items():
                 self._stored[name] = _stored(name, _descend(root, where))
+            check_apart({name: (stored.start, stored.raw.nbytes) for name, stored in self._stored.items()})
         except DamagedError as error:
             raise damaged(path, str(error)) from None
         self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
@@ -94,7 +96,7 @@ class Hdf5Reader:
             if (piece & 0xFFFF).any():
                 raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
             upper[start : start + step] = piece >> 16
-        return upper.view(stored.info.dtype).reshape(stored.info.shape)
+        return frozen(upper.view(stored.info.dtype).reshape(stored.info.shape))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.
