@@ -172,10 +172,15 @@ class Adapter:
     def train(
         self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
     ) -> list[np.ndarray]:
-        """A step of AdamW on each batch, with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay`.
+        """A step of a new AdamW on each batch; see `adamw` and `steps`."""
+        return self.steps(model, self.adamw(model, settings), batches)
 
-        Returns the losses; the model is left in evaluation.
-        """
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
+        """An optimizer with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay` of what trains."""
+        raise NotImplementedError
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        """A step of the optimizer on each batch. Returns the losses; the model is left in evaluation."""
         raise NotImplementedError
 
     def largest_array(self, model: Any, **arguments: Any) -> int:
@@ -363,16 +368,16 @@ class TorchAdapter(Adapter):
     def reseed(self, model: Any, seed: int) -> None:
         self.torch.manual_seed(seed)
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
-        optimizer = self.torch.optim.AdamW(
-            model.parameters(),
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
+        return self.torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=settings["learning_rate"],
             betas=(settings["beta_1"], settings["beta_2"]),
             eps=settings["epsilon"],
             weight_decay=settings["weight_decay"],
         )
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
         model.train()
         losses = []
         for batch in batches:
@@ -496,29 +501,28 @@ class TFAdapter(Adapter):
             if "seed" in variable.path:
                 variable.assign([seed, 0])
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
         import keras
 
-        # Keras rounds the learning rate to its own dtype, and TensorFlow Python's numbers, but not NumPy's, to float32.
+        from opt_tf.optimizer import AdamW
+
+        # Keras rounds the learning rate to its own dtype.
         keras.config.set_floatx(model.variable_dtype)
-        settings = {name: np.dtype(model.variable_dtype).type(value) for name, value in settings.items()}
-        settings["learning_rate"] = float(settings["learning_rate"])
         try:
-            optimizer = keras.optimizers.AdamW(**settings)
+            optimizer = AdamW(**settings)
             optimizer.build(model.trainable_variables)
-            losses = []
-            for step, batch in enumerate(batches):
-                # Keras adds epsilon before it corrects the bias of the second moment, the others after.
-                optimizer.epsilon = settings["epsilon"] * (1 - settings["beta_2"] ** (step + 1)) ** 0.5
-                with self.tf.GradientTape() as tape:
-                    loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
-                optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-                losses.append(self.array(loss))
-            return losses
+            return optimizer
         finally:
             keras.config.set_floatx("float32")
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        losses = []
+        for batch in batches:
+            with self.tf.GradientTape() as tape:
+                loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            losses.append(self.array(loss))
+        return losses
 
     def largest_array(self, model: Any, **arguments: Any) -> int:
         @self.tf.function(autograph=False)
@@ -656,20 +660,23 @@ class FlaxAdapter(Adapter):
     def reseed(self, model: Any, seed: int) -> None:
         self.nnx.reseed(model, dropout=seed, default=seed)
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
         import optax
 
         names = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
         chain = optax.adamw(**{names.get(name, name): value for name, value in settings.items()})
         with self.scope(model):
-            optimizer = self.nnx.Optimizer(model, chain, wrt=self.nnx.Param)
+            return self.nnx.Optimizer(model, chain, wrt=self.nnx.LoRAParam if model.lora_config else self.nnx.Param)
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        losses = []
+        with self.scope(model):
             model.train()
-            losses = []
             for batch in batches:
                 arguments = {name: self.tensor(value) for name, value in batch.items()}
                 loss, gradients = self.compiled_loss(model, arguments)
+                if model.lora_config:
+                    gradients = self.nnx.filter_state(gradients, self.nnx.LoRAParam)
                 optimizer.update(model, gradients)
                 losses.append(self.array(loss))
             model.eval()
