@@ -16,6 +16,8 @@ from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
+from opt_common.quantization import check_quantization, is_quantized
+from opt_torch.quantized import AVAILABLE, quantized_layer
 
 
 class Pretrained:
@@ -35,6 +37,7 @@ class Pretrained:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
+        quantization: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -54,6 +57,8 @@ class Pretrained:
             torch_dtype: the older name of `dtype`.
             device: where the parameters go; None means PyTorch's default.
             attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
+            quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory on
+                a CPU; see `opt_common.quantization`. None keeps them as they are.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -83,11 +88,17 @@ class Pretrained:
             requested = dtype if dtype is not None else torch_dtype
             stored = checkpoint.info(table[0].name).dtype.name
             name = choose_dtype(None if requested is None else str(requested).removeprefix("torch."), stored)
+            scheme = None if quantization is None else check_quantization(quantization, AVAILABLE)
             # Built without storage, so that no memory is spent on weights that are replaced at once.
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
-                tensor = to_tensor(checkpoint.read(parameter.name))
+                array = checkpoint.read(parameter.name)
+                if scheme is not None and is_quantized(parameter):
+                    placing = {"dtype": getattr(torch, name), "device": device or torch.get_default_device()}
+                    replace_layer(model, parameter, quantized_layer(parameter, array, scheme, **placing))
+                    continue
+                tensor = to_tensor(array)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
             for parameter in new:
                 tensor = new_values(config, parameter)
@@ -96,6 +107,21 @@ class Pretrained:
             model.tie_weights()
             model.generation_config = GenerationConfig.from_directory(Path(directory), config)
         return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, and of the arithmetic."""
+        return self.position_table().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.position_table().device
+
+    def position_table(self) -> Tensor:
+        """A parameter that every model has, and none rounds."""
+        decoder = self.decoder if self.head is None else self.model.decoder
+        return decoder.embed_positions.weight
 
     def save_pretrained(
         self,
@@ -140,6 +166,13 @@ def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
     """Put a tensor where a row of the parameter table says, in place of the one that is there."""
     module, leaf = local_place(model, parameter)
     module.register_parameter(leaf, nn.Parameter(tensor))
+
+
+def replace_layer(model: Any, parameter: Parameter, layer: nn.Module) -> None:
+    """Put a layer where the one stands that a row of the parameter table belongs to."""
+    path = parameter.path("torch")
+    *modules, name, _ = path[1:] if model.head is None else path
+    setattr(model.get_submodule(".".join(modules)), name, layer)
 
 
 def local_place(model: Any, parameter: Parameter) -> tuple[nn.Module, str]:

@@ -30,6 +30,7 @@ from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.quantized import Int8Embedding
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -400,8 +401,11 @@ class OPTForCausalLM(Pretrained, nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+        table = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
+            self.lm_head = table.head()
+        elif self.config.tie_word_embeddings:
+            self.lm_head.weight = table.weight
 
 
 def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

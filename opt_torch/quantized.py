@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from opt_common.errors import CheckpointError
 from opt_common.params import Parameter
 from opt_common.quantization import (
     GROUP_SIZE,
@@ -23,6 +24,9 @@ from opt_common.quantization import (
 )
 
 AVAILABLE: tuple[Quantization, ...] = ("int8", "int8-dynamic", "int4")
+
+KERNEL_WIDTH = 16
+"""PyTorch's kernels for few bits on a CPU take matrices of multiples of this alone, without a check of their own."""
 
 CUDA_ROWS = 17
 """PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
@@ -68,7 +72,7 @@ class Int8Linear(nn.Module):
 
     def multiply(self, inputs_MD: Tensor) -> Tensor:
         """The product with inputs as they are."""
-        if inputs_MD.is_cuda or inputs_MD.dtype == torch.float64:
+        if inputs_MD.is_cuda or inputs_MD.dtype == torch.float64 or self.in_features % KERNEL_WIDTH:
             outputs_MF = functional.linear(inputs_MD, self.codes_FD.to(inputs_MD.dtype)) * self.scales_F
         else:
             # The kernel is fast on bfloat16 inputs alone.
@@ -188,8 +192,16 @@ def quantized_layer(
         quantization: how they are rounded.
         dtype: dtype of what a table of embeddings gives.
         device: where the integers go.
+
+    Raises:
+        CheckpointError: for a matrix whose shape the scheme does not take.
     """
     if quantization == "int4" and not is_table(parameter):
+        if len(array) % KERNEL_WIDTH:
+            raise CheckpointError(
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, but {parameter.name} '
+                f'has {len(array)} rows. Use "int8".'
+            )
         return Int4Linear(*(torch.from_numpy(part) for part in quantize_groups(array))).to(device)
     codes_FD, scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
     dynamic = quantization == "int8-dynamic"
