@@ -57,8 +57,8 @@ class Pretrained:
             torch_dtype: the older name of `dtype`.
             device: where the parameters go; None means PyTorch's default.
             attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
-            quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory on
-                a CPU; see `opt_common.quantization`. None keeps them as they are.
+            quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory
+                on a CPU; see `opt_common.quantization`. None keeps them as they are.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.

@@ -20,6 +20,39 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
+# An operator without a promise: where a version of PyTorch lacks it, its own product serves.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the fastest way that this machine has, to the same numbers."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, in_features) to outputs (…, out_features)."""
+        if self.suits_onednn(inputs):
+            return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        return super().forward(inputs)
+
+    def suits_onednn(self, inputs: Tensor) -> bool:
+        """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL.
+
+        oneDNN is as fast as MKL on Intel's processors, up to 2.5 times faster from 5 rows on, and 2 to 3 times faster
+        on AMD's; from 2 to 4 rows it is slower. It has no gradients here.
+        """
+        rows = inputs.numel() // self.in_features
+        return (
+            _HAS_ONEDNN
+            and inputs.dtype is torch.float32
+            and inputs.device.type == "cpu"
+            and (rows == 1 or rows > 4)
+            # Whatever stands in a plain parameter's place brings its own product.
+            and type(self.weight) is nn.Parameter
+            and self.weight.dtype is torch.float32
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+
 
 class Builder:
     """Makes the layers of one model: same dtype, same device, same initial weights.
@@ -32,9 +65,9 @@ class Builder:
         self.device = device
         self.normal = functools.partial(nn.init.normal_, std=config.init_std)
 
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nn.Linear:
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> Linear:
         """A linear layer."""
-        layer = nn.Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)
+        layer = Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)
         self.normal(layer.weight)
         if use_bias:
             nn.init.zeros_(layer.bias)

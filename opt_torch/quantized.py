@@ -99,7 +99,9 @@ class Int8Linear(nn.Module):
         outputs_MF = multiply_integers(rounded_MD, self.codes_FD) * steps_M
         if exact_MF is not None:
             outputs_MF += exact_MF
-        return outputs_MF.mul_(self.scales_F) if self.bias is None else torch.addcmul(self.bias, outputs_MF, self.scales_F)
+        return (
+            outputs_MF.mul_(self.scales_F) if self.bias is None else torch.addcmul(self.bias, outputs_MF, self.scales_F)
+        )
 
 
 class Int4Linear(nn.Module):
@@ -199,8 +201,8 @@ def quantized_layer(
     if quantization == "int4" and not is_table(parameter):
         if len(array) % KERNEL_WIDTH:
             raise CheckpointError(
-                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, but {parameter.name} '
-                f'has {len(array)} rows. Use "int8".'
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, but '
+                f'{parameter.name} has {len(array)} rows. Use "int8".'
             )
         return Int4Linear(*(torch.from_numpy(part) for part in quantize_groups(array))).to(device)
     codes_FD, scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
