@@ -1,6 +1,6 @@
 """How fast is it? This package's backends and their peers, in turns on one machine, against the machine's limit.
 
-    python -m benchmarks.speed --shape 125m --work /some/dir --systems opt_torch opt_torch:float32:int8-dynamic hf_torch \\
+    python -m benchmarks.speed --work /some/dir --systems opt_torch opt_torch:float32:int8-dynamic hf_torch \\
         --python hf_torch=/env/of/transformers/bin/python --json speed.json --plot speed.svg
 
 Each system is a process of its own (`speed_systems.py`), with a Python of its own where `--python` names one. Every
