@@ -8,21 +8,6 @@ from conversion import save_checkpoint
 from opt_common import OPTConfig
 from opt_common.params import Parameter, parameter_table
 
-SHAPES = {
-    "125m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "ffn_dim": 3072},
-    "350m": {
-        "num_hidden_layers": 24,
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "ffn_dim": 4096,
-        "word_embed_proj_dim": 512,
-        "do_layer_norm_before": False,
-    },
-    "1.3b": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "ffn_dim": 8192},
-    "2.7b": {"num_hidden_layers": 32, "hidden_size": 2560, "num_attention_heads": 32, "ffn_dim": 10240},
-}
-"""What the published configurations change of the defaults."""
-
 POOL = 1 << 24
 """Random numbers that are drawn; tensors are stretches of them, so that gigabytes take seconds to make."""
 
@@ -32,13 +17,13 @@ def make(directory: Path, shape: str, *, dtype: str = "float32", seed: int = 0) 
 
     Args:
         directory: where to.
-        shape: key of `SHAPES`.
+        shape: name of a released size; see `OPTConfig.from_size`.
         dtype: what the weights are stored in.
         seed: of the random numbers.
     """
     if (directory / "config.json").exists():
         return directory
-    config = OPTConfig(**SHAPES[shape])
+    config = OPTConfig.from_size(shape)
     table = parameter_table(config)
     pool = np.random.default_rng(seed).standard_normal(POOL, dtype=np.float32)
 

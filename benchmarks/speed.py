@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpoints import SHAPES, make
+from benchmarks.checkpoints import make
 from conversion import convert
 from opt_common import OPTConfig
+from opt_common.config import SIZES
 from opt_common.params import count_parameters
 
 WORKLOADS: Mapping[str, dict[str, Any]] = {
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any], baseline: str | None) -> list[dict[str, Any]]:
     """A row for each workload and system: tokens a second, the ratio to the baseline and to the limit."""
-    weights = count_parameters(OPTConfig(**SHAPES[result["shape"]]))
+    weights = count_parameters(OPTConfig.from_size(result["shape"]))
     bandwidth, rate = (
         statistics.median(limit[key] for limit in result["limits"]) for key in ("bytes_per_s", "flops_per_s")
     )
@@ -194,7 +195,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="125m", choices=list(SHAPES), help="shape of the model (default: 125m)")
+    parser.add_argument("--shape", default="125m", choices=SIZES, help="shape of the model (default: 125m)")
     parser.add_argument("--systems", nargs="+", default=["opt_torch"], help="what to time")
     parser.add_argument("--workloads", nargs="+", default=["decode 1", "prefill 1x512"], choices=list(WORKLOADS))
     parser.add_argument("--baseline", help="the system that ratios are to")

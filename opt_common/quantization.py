@@ -4,9 +4,9 @@ NumPy, to be read; the file `quantized.py` in each backend computes the same in 
 
 - "int8": each row of a matrix is stored as integers from -127 to 127 and one scale. Inputs stay as they are.
 - "int8-dynamic": the same weights; each row of inputs is rounded likewise at the moment of the product, which then is a
-  product of integers. Inputs beyond `OUTLIER` are left out of the rounding and multiplied exactly: large models have a
-  few such columns, and one of them would cost all other inputs of its row their precision (Dettmers et al. 2022,
-  "LLM.int8()", whose threshold this is).
+  product of integers. Inputs beyond `OUTLIER` have a scale of their own, and what their rounding leaves is rounded with
+  the rest: large models have a few such columns, and one of them would cost all other inputs of its row their precision
+  (Dettmers et al. 2022, "LLM.int8()", whose threshold this is).
 - "int4": each `GROUP_SIZE` neighbours in a row are stored as integers from 0 to 15, a scale and an offset, both rounded
   to bfloat16. Inputs are rounded to bfloat16. The token table is stored as in "int8".
 
@@ -14,18 +14,16 @@ Quantised are the matrices of the decoder, the token table and the head of a lan
 norms, biases and the heads of other tasks stay as they are.
 """
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from opt_common.errors import CheckpointError
+from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError, ConfigError
 from opt_common.params import Parameter, head_of
-
-Quantization: TypeAlias = Literal["int8", "int8-dynamic", "int4"]
-
-QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int8-dynamic", "int4")
 
 INT8_LIMIT = 127
 """The largest 8-bit integer used; -128 is not, so that the sign costs nothing."""
@@ -34,27 +32,27 @@ GROUP_SIZE = 32
 """How many neighbours in a row share a scale and an offset in "int4"."""
 
 OUTLIER = 6.0
-"""Inputs of a larger magnitude are multiplied exactly in "int8-dynamic"."""
+"""Inputs of a larger magnitude have a scale of their own in "int8-dynamic"."""
 
 _BLOCK_BYTES = 1 << 20
 # Rows are rounded in blocks that stay in a processor's cache.
 
 
-def check_quantization(name: str, available: tuple[Quantization, ...] = QUANTIZATIONS) -> Quantization:
-    """A name that a backend knows.
+def check_quantization(config: OPTConfig, available: Sequence[str]) -> None:
+    """Refuse a configuration whose quantisation a backend does not have.
 
     Args:
-        name: what the caller wrote.
+        config: the model's configuration.
         available: what the backend has.
 
     Raises:
-        CheckpointError: for any other name.
+        ConfigError: if it has another.
     """
-    for known in available:
-        if name == known:
-            return known
-    reason = " in this framework" if name in QUANTIZATIONS else ""
-    raise CheckpointError(f"quantization is {name!r}, expected one of {', '.join(available)}{reason}, or None.")
+    if config.quantization is not None and config.quantization not in available:
+        raise ConfigError(
+            f"quantization is {config.quantization!r}, which this framework does not have: it has "
+            f"{', '.join(map(repr, available))}. Use one of them, or PyTorch."
+        )
 
 
 def is_quantized(parameter: Parameter) -> bool:
@@ -62,11 +60,6 @@ def is_quantized(parameter: Parameter) -> bool:
     if parameter.name == "model.decoder.embed_tokens.weight":
         return True
     return parameter.kind == "linear.weight" and head_of(parameter.name) in (None, "lm")
-
-
-def is_table(parameter: Parameter) -> bool:
-    """Whether a row is a table of the vocabulary, which "int4" stores in 8 bits."""
-    return parameter.axes == "VE"
 
 
 def quantize_rows(weight_FD: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
@@ -146,14 +139,19 @@ def dequantize_groups(
 
 def int8_product(
     inputs_MD: npt.NDArray[Any], codes_FD: npt.NDArray[np.int8], scales_F: npt.NDArray[np.float32]
-) -> npt.NDArray[np.float64]:
+) -> npt.NDArray[Any]:
     """The product of "int8-dynamic": inputs (M, D) with the transpose of a matrix, (M, F).
 
     A row's result depends on that row alone.
     """
-    large_MD = np.where(np.abs(inputs_MD) > OUTLIER, inputs_MD, 0)
-    small_MD = inputs_MD - large_MD
-    peaks_M = np.abs(small_MD).max(axis=1, keepdims=True)
+    large_MD, large_steps_M = round_rows(np.where(np.abs(inputs_MD) > OUTLIER, inputs_MD, 0))
+    small_MD, small_steps_M = round_rows(inputs_MD - large_MD * large_steps_M)
+    codes_DF = codes_FD.T.astype(np.int64)
+    return ((large_MD @ codes_DF) * large_steps_M + (small_MD @ codes_DF) * small_steps_M) * scales_F
+
+
+def round_rows(inputs_MD: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """Integers from -127 to 127 and the step of each row, (M, 1): `inputs ≈ integers * steps`."""
+    peaks_M = np.abs(inputs_MD).max(axis=1, keepdims=True)
     steps_M = np.where(peaks_M > 0, peaks_M, 1) / INT8_LIMIT
-    rounded_MD = np.rint(small_MD / steps_M).astype(np.int64)
-    return ((rounded_MD @ codes_FD.T.astype(np.int64)) * steps_M + large_MD @ codes_FD.T) * scales_F
+    return np.rint(inputs_MD / steps_M).astype(np.int64), steps_M

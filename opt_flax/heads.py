@@ -51,7 +51,7 @@ class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.score = build.linear(E, C, use_bias=False)
 
     def __call__(
@@ -144,7 +144,7 @@ class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.qa_outputs = build.linear(E, 2, use_bias=True)
 
     def __call__(

@@ -150,7 +150,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -358,7 +358,7 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         self.dtype = self.model.dtype
         if not config.tie_word_embeddings:
             build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
-            self.lm_head = build.linear(E, V, use_bias=False)
+            self.lm_head = build.head(E, V)
 
     def __call__(
         self,

@@ -53,7 +53,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.score = build.linear(E, C, use_bias=False, name="score")
         self.build()
 
@@ -164,7 +164,7 @@ class TFOPTForQuestionAnswering(Pretrained, keras.Model):
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.qa_outputs = build.linear(E, 2, use_bias=True, name="qa_outputs")
         self.build()
 

@@ -169,7 +169,7 @@ class TFOPTDecoder(keras.layers.Layer):
         super().__init__(dtype=build.dtype, name="decoder")
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id, name="embed_tokens")
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id, name="embed_tokens")
         P = config.max_position_embeddings + POSITION_OFFSET
         self.embed_positions = build.embedding(P, D, name="embed_positions")
         if config.has_projection:
@@ -421,7 +421,7 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         )
         if not config.tie_word_embeddings:
             build = Builder(config, self.dtype_policy, new_weights)
-            self.lm_head = build.linear(E, V, use_bias=False, name="lm_head")
+            self.lm_head = build.head(E, V, name="lm_head")
         self.build()
 
     def build(self, input_shape: Any = None) -> None:

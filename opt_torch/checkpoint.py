@@ -16,8 +16,7 @@ from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
-from opt_common.quantization import check_quantization, is_quantized
-from opt_torch.quantized import AVAILABLE, quantized_layer
+from opt_common.quantization import is_quantized
 
 
 class Pretrained:
@@ -50,15 +49,16 @@ class Pretrained:
         """Load a checkpoint, in evaluation mode.
 
         Args:
-            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
-                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
+                safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
+                what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             torch_dtype: the older name of `dtype`.
             device: where the parameters go; None means PyTorch's default.
             attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
             quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory
-                on a CPU; see `opt_common.quantization`. None keeps them as they are.
+                on a CPU; see `opt_common.quantization`. None means what the configuration says, mostly nothing.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -83,20 +83,20 @@ class Pretrained:
         )
         with open_checkpoint(directory, prefer="torch") as checkpoint:
             config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
+            config = config if quantization is None else config.replace(quantization=quantization)
             table, new = split_table(config, cls.head, new_head=new_head)
             checked_parameters(checkpoint, table, new=new)
             requested = dtype if dtype is not None else torch_dtype
             stored = checkpoint.info(table[0].name).dtype.name
             name = choose_dtype(None if requested is None else str(requested).removeprefix("torch."), stored)
-            scheme = None if quantization is None else check_quantization(quantization, AVAILABLE)
             # Built without storage, so that no memory is spent on weights that are replaced at once.
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
                 array = checkpoint.read(parameter.name)
-                if scheme is not None and is_quantized(parameter):
-                    placing = {"dtype": getattr(torch, name), "device": device or torch.get_default_device()}
-                    replace_layer(model, parameter, quantized_layer(parameter, array, scheme, **placing))
+                if config.quantization is not None and is_quantized(parameter):
+                    layer: Any = local_place(model, parameter)[0]
+                    layer.quantize(array, device or torch.get_default_device(), getattr(torch, name))
                     continue
                 tensor = to_tensor(array)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
@@ -120,7 +120,7 @@ class Pretrained:
 
     def position_table(self) -> Tensor:
         """A parameter that every model has, and none rounds."""
-        decoder = self.decoder if self.head is None else self.model.decoder
+        decoder = cast(Any, self).decoder if self.head is None else cast(Any, self).model.decoder
         return decoder.embed_positions.weight
 
     def save_pretrained(
@@ -132,6 +132,8 @@ class Pretrained:
         max_shard_size: str | int = "5GB",
     ) -> None:
         """Write a checkpoint that this package and Hugging Face `transformers` read.
+
+        Rounded matrices are written as the numbers that they stand for.
 
         Args:
             directory: where to; made if it does not exist.
@@ -145,11 +147,11 @@ class Pretrained:
         table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,
-            self.config,
+            self.config.replace(quantization=None),
             table,
             lambda parameter: to_numpy(find(self, parameter)),
             format=format,
-            dtype=dtype or str(find(self, table[0]).dtype).removeprefix("torch."),
+            dtype=dtype or str(self.dtype).removeprefix("torch."),
             max_shard_size=max_shard_size,
             generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
             bare=self.head is None,
@@ -166,13 +168,6 @@ def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
     """Put a tensor where a row of the parameter table says, in place of the one that is there."""
     module, leaf = local_place(model, parameter)
     module.register_parameter(leaf, nn.Parameter(tensor))
-
-
-def replace_layer(model: Any, parameter: Parameter, layer: nn.Module) -> None:
-    """Put a layer where the one stands that a row of the parameter table belongs to."""
-    path = parameter.path("torch")
-    *modules, name, _ = path[1:] if model.head is None else path
-    setattr(model.get_submodule(".".join(modules)), name, layer)
 
 
 def local_place(model: Any, parameter: Parameter) -> tuple[nn.Module, str]:

@@ -146,7 +146,7 @@ class OPTDecoder(nn.Module):
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -317,7 +317,7 @@ class OPTModel(Pretrained, nn.Module):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -342,7 +342,7 @@ class OPTForCausalLM(Pretrained, nn.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
         build = Builder(config, dtype, device)
-        self.lm_head = build.linear(E, V, use_bias=False)
+        self.lm_head = build.head(E, V)
         self.tie_weights()
 
     def forward(
@@ -397,17 +397,18 @@ class OPTForCausalLM(Pretrained, nn.Module):
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        table = self.get_input_embeddings()
-        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
-            self.lm_head = table.head()
-        elif self.config.tie_word_embeddings:
-            self.lm_head.weight = table.weight
+        if self.config.tie_word_embeddings:
+            table = self.get_input_embeddings()
+            if isinstance(table, Int8Embedding):
+                self.lm_head = table.head()
+            else:
+                self.lm_head.weight = table.weight
 
 
 def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

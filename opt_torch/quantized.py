@@ -1,7 +1,7 @@
 """Layers whose weights are integers: `opt_common.quantization` in PyTorch.
 
-They stand where `torch.nn.Linear` and `torch.nn.Embedding` stand. Their integers are buffers, so no optimiser moves
-them; gradients flow through them to whatever comes before.
+They stand where linear layers and tables of embeddings stand. Their integers are buffers, so that no optimiser moves
+them; gradients flow through them to what comes before.
 """
 
 from typing import Any
@@ -12,18 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opt_common.errors import CheckpointError
-from opt_common.params import Parameter
-from opt_common.quantization import (
-    GROUP_SIZE,
-    INT8_LIMIT,
-    OUTLIER,
-    Quantization,
-    is_table,
-    quantize_groups,
-    quantize_rows,
-)
+from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, quantize_groups, quantize_rows
 
-AVAILABLE: tuple[Quantization, ...] = ("int8", "int8-dynamic", "int4")
+AVAILABLE = ("int8-dynamic", "int8", "int4")
+"""Values of `OPTConfig.quantization` that this backend has."""
 
 KERNEL_WIDTH = 16
 """PyTorch's kernels for few bits on a CPU take matrices of multiples of this alone, without a check of their own."""
@@ -44,64 +36,49 @@ class Int8Linear(nn.Module):
 
     codes_FD: Tensor
     scales_F: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, codes_FD: Tensor, scales_F: Tensor, *, dynamic: bool) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, dynamic: bool, device: Any, dtype: Any
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = codes_FD.shape
+        self.in_features = in_features
+        self.out_features = out_features
         self.dynamic = dynamic
-        self.register_buffer("codes_FD", codes_FD)
-        self.register_buffer("scales_F", scales_F)
-        self.register_parameter("bias", None)
+        self.register_buffer("codes_FD", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        self.register_buffer("scales_F", torch.zeros(out_features, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
+        self.register_parameter("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
         inputs_MD = inputs.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and inputs.requires_grad:
-            outputs_MF = functional.linear(inputs_MD, self.weight.to(inputs.dtype))
-            outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias
-        elif self.dynamic:
-            outputs_MF = self.multiply_rounded(inputs_MD)
-        else:
-            outputs_MF = self.multiply(inputs_MD)
+        multiply = self.multiply_rounded if self.dynamic else self.multiply
+        outputs_MF = multiply(inputs_MD)
+        outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias
         return outputs_MF.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+    def multiply_rounded(self, inputs_MD: Tensor) -> Tensor:
+        """The product with rounded inputs."""
+        return int8_product(inputs_MD, self.codes_FD, self.scales_F)
+
+    def multiply(self, inputs_MD: Tensor) -> Tensor:
+        """The product with inputs as they are."""
+        kernel = inputs_MD.device.type == "cpu" and self.in_features % KERNEL_WIDTH == 0
+        if not kernel or inputs_MD.requires_grad or inputs_MD.dtype == torch.float64:
+            return functional.linear(inputs_MD, self.codes_FD.to(inputs_MD.dtype)) * self.scales_F
+        # The kernel is fast on bfloat16 alone.
+        return torch.ops.aten._weight_int8pack_mm(inputs_MD.bfloat16(), self.codes_FD, self.scales_F.bfloat16())
+
+    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a matrix, (F, D)."""
+        del dtype  # that of the inputs is kept
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
 
     @property
     def weight(self) -> Tensor:
         """The matrix, (F, D), float32, made anew each time."""
         return self.codes_FD * self.scales_F[:, None]
-
-    def multiply(self, inputs_MD: Tensor) -> Tensor:
-        """The product with inputs as they are."""
-        if inputs_MD.is_cuda or inputs_MD.dtype == torch.float64 or self.in_features % KERNEL_WIDTH:
-            outputs_MF = functional.linear(inputs_MD, self.codes_FD.to(inputs_MD.dtype)) * self.scales_F
-        else:
-            # The kernel is fast on bfloat16 inputs alone.
-            outputs_MF = torch.ops.aten._weight_int8pack_mm(
-                inputs_MD.bfloat16(), self.codes_FD, self.scales_F.bfloat16()
-            )
-        return outputs_MF if self.bias is None else outputs_MF + self.bias
-
-    def multiply_rounded(self, inputs_MD: Tensor) -> Tensor:
-        """The product with inputs rounded to 8 bits, a scale a row; those beyond `OUTLIER` exactly."""
-        inputs_MD = inputs_MD.float()
-        peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
-        exact_MF: Tensor | None = None
-        if float(peaks_M.max()) > OUTLIER:
-            is_large_MD = inputs_MD.abs() > OUTLIER
-            (columns_K,) = is_large_MD.any(0).nonzero(as_tuple=True)
-            large_MK = (inputs_MD * is_large_MD)[:, columns_K]
-            exact_MF = functional.linear(large_MK, self.codes_FD[:, columns_K].float())
-            inputs_MD = inputs_MD.masked_fill(is_large_MD, 0)
-            peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
-        # The smallest normal number keeps rows of zeros from dividing by it.
-        steps_M = (peaks_M / INT8_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
-        rounded_MD = (inputs_MD / steps_M).round_().to(torch.int8)
-        outputs_MF = multiply_integers(rounded_MD, self.codes_FD) * steps_M
-        if exact_MF is not None:
-            outputs_MF += exact_MF
-        return (
-            outputs_MF.mul_(self.scales_F) if self.bias is None else torch.addcmul(self.bias, outputs_MF, self.scales_F)
-        )
 
 
 class Int4Linear(nn.Module):
@@ -115,20 +92,21 @@ class Int4Linear(nn.Module):
 
     packed: Tensor
     scales_GF2: Tensor
+    bias: nn.Parameter | None
 
-    def __init__(self, codes_FD: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, device: Any, dtype: Any) -> None:
         super().__init__()
-        self.out_features, self.in_features = codes_FD.shape
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
-        self.register_buffer("packed", packed)
-        scales_GF2 = torch.stack((scales_FG.T, offsets_FG.T), dim=-1).bfloat16().contiguous()
-        self.register_buffer("scales_GF2", scales_GF2)
-        self.register_parameter("bias", None)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device=device))
+        self.register_buffer("scales_GF2", torch.empty(0, dtype=torch.bfloat16, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
+        self.register_parameter("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
         inputs_MD = inputs.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and inputs.requires_grad:
+        if inputs_MD.requires_grad:
             outputs_MF = functional.linear(inputs_MD, self.weight.to(inputs.dtype))
         else:
             outputs_MF = self.multiply(inputs_MD)
@@ -141,10 +119,28 @@ class Int4Linear(nn.Module):
             inputs_MD.bfloat16(), self.packed, GROUP_SIZE, self.scales_GF2
         )
 
+    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a matrix, (F, D).
+
+        Raises:
+            CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
+        """
+        del dtype  # that of the inputs is kept
+        if torch.device(device).type != "cpu":
+            raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
+        if len(array) % KERNEL_WIDTH:
+            raise CheckpointError(
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {len(array)}. '
+                'Use "int8".'
+            )
+        codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(array))
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
+        self.scales_GF2 = torch.stack((scales_FG.T, offsets_FG.T), dim=-1).bfloat16().contiguous()
+
     @property
     def weight(self) -> Tensor:
         """The matrix, (F, D), bfloat16, made anew each time: what the kernel makes of each unit vector."""
-        return self.multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T
+        return self.multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
 
 
 class Int8Embedding(nn.Module):
@@ -153,60 +149,78 @@ class Int8Embedding(nn.Module):
     codes_FD: Tensor
     scales_F: Tensor
 
-    def __init__(self, codes_FD: Tensor, scales_F: Tensor, *, dtype: torch.dtype, dynamic: bool) -> None:
+    def __init__(self, rows: int, features: int, *, dynamic: bool, device: Any, dtype: Any) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = codes_FD.shape
-        self.dtype = dtype
         self.dynamic = dynamic
-        self.register_buffer("codes_FD", codes_FD)
-        self.register_buffer("scales_F", scales_F)
+        self.dtype = dtype or torch.get_default_dtype()
+        self.register_buffer("codes_FD", torch.zeros((rows, features), dtype=torch.int8, device=device))
+        self.register_buffer("scales_F", torch.zeros(rows, device=device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (…,) to rows (…, D)."""
         return (self.codes_FD[ids] * self.scales_F[ids][..., None]).to(self.dtype)
 
+    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a table, (V, D), whose rows are to be of a dtype."""
+        self.dtype = dtype
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
+
     def head(self) -> Int8Linear:
         """The same table as a linear layer from embeddings to the vocabulary; nothing is copied."""
-        return Int8Linear(self.codes_FD, self.scales_F, dynamic=self.dynamic)
+        V, D = self.codes_FD.shape
+        layer = Int8Linear(D, V, use_bias=False, dynamic=self.dynamic, device="meta", dtype=None)
+        layer.codes_FD, layer.scales_F = self.codes_FD, self.scales_F
+        return layer
 
     @property
     def weight(self) -> Tensor:
-        """The table, (V, E), made anew each time."""
+        """The table, (V, D), made anew each time."""
         return (self.codes_FD * self.scales_F[:, None]).to(self.dtype)
 
 
-def multiply_integers(inputs_MD: Tensor, codes_FD: Tensor) -> Tensor:
-    """The product of 8-bit integers with a transposed matrix of them, in 32 bits, (M, F)."""
-    M = len(inputs_MD)
-    if inputs_MD.is_cuda and M < CUDA_ROWS:
-        inputs_MD = functional.pad(inputs_MD, (0, 0, 0, CUDA_ROWS - M))
-    return torch._int_mm(inputs_MD, codes_FD.T)[:M]
+def int8_product(inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tensor:
+    """The product of "int8-dynamic", (M, F) in float32; its gradient is that of the product with `codes * scales`."""
+    if torch.is_grad_enabled() and inputs_MD.requires_grad:
+        return Int8Product.apply(inputs_MD, codes_FD, scales_F)
+    inputs_MD = inputs_MD.float()
+    peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
+    if len(inputs_MD) == 0 or not float(peaks_M.max()) > OUTLIER:
+        return multiply_rounded(inputs_MD, codes_FD, peaks_M).mul_(scales_F)
+    large_MD = inputs_MD * (inputs_MD.abs() > OUTLIER)
+    rest_MD = inputs_MD - (large_MD / steps(peaks_M)).round_() * steps(peaks_M)
+    outputs_MF = multiply_rounded(large_MD, codes_FD, peaks_M)
+    rest_peaks_M = torch.linalg.vector_norm(rest_MD, torch.inf, -1, keepdim=True)
+    return outputs_MF.add_(multiply_rounded(rest_MD, codes_FD, rest_peaks_M)).mul_(scales_F)
 
 
-def quantized_layer(
-    parameter: Parameter, array: np.ndarray, quantization: Quantization, *, dtype: torch.dtype, device: Any
-) -> nn.Module:
-    """The layer that holds a row of the parameter table in fewer bits.
+class Int8Product(torch.autograd.Function):
+    """`int8_product` where gradients are wanted."""
 
-    Args:
-        parameter: a row that `opt_common.quantization.is_quantized` names.
-        array: its numbers.
-        quantization: how they are rounded.
-        dtype: dtype of what a table of embeddings gives.
-        device: where the integers go.
+    @staticmethod
+    def forward(ctx: Any, inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(codes_FD, scales_F)
+        ctx.dtype = inputs_MD.dtype
+        return int8_product(inputs_MD.detach(), codes_FD, scales_F)
 
-    Raises:
-        CheckpointError: for a matrix whose shape the scheme does not take.
-    """
-    if quantization == "int4" and not is_table(parameter):
-        if len(array) % KERNEL_WIDTH:
-            raise CheckpointError(
-                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, but '
-                f'{parameter.name} has {len(array)} rows. Use "int8".'
-            )
-        return Int4Linear(*(torch.from_numpy(part) for part in quantize_groups(array))).to(device)
-    codes_FD, scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
-    dynamic = quantization == "int8-dynamic"
-    if parameter.kind == "embedding.weight":
-        return Int8Embedding(codes_FD, scales_F, dtype=dtype, dynamic=dynamic)
-    return Int8Linear(codes_FD, scales_F, dynamic=dynamic)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the inputs."""
+        codes_FD, scales_F = ctx.saved_tensors
+        return ((gradients[0] * scales_F) @ codes_FD.float()).to(ctx.dtype), None, None
+
+
+def multiply_rounded(inputs_MD: Tensor, codes_FD: Tensor, peaks_M: Tensor) -> Tensor:
+    """The product of inputs, rounded to 8 bits, with a transposed matrix of integers, (M, F)."""
+    steps_M = steps(peaks_M)
+    rounded_MD = (inputs_MD / steps_M).round_().to(torch.int8)
+    M = len(rounded_MD)
+    if rounded_MD.is_cuda and M < CUDA_ROWS:
+        rounded_MD = functional.pad(rounded_MD, (0, 0, 0, CUDA_ROWS - M))
+    products_MF = torch._int_mm(rounded_MD, codes_FD.T)  # pyright: ignore[reportPrivateImportUsage]
+    return products_MF[:M] * steps_M
+
+
+def steps(peaks_M: Tensor) -> Tensor:
+    """The step of each row; the smallest normal number keeps rows of zeros from being divided by zero."""
+    return (peaks_M / INT8_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
