@@ -47,7 +47,7 @@ class Int8Linear(nnx.Module):
         outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias[...]
         return outputs_MF.astype(self.dtype).reshape(*inputs.shape[:-1], -1)
 
-    def quantize(self, array: np.ndarray, dtype: DTypeLike) -> None:
+    def assign_rounded(self, array: np.ndarray, dtype: DTypeLike) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # it is known
         self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(array))
@@ -70,7 +70,7 @@ class Int8Embedding(nnx.Module):
         """Ids (…,) to rows (…, D)."""
         return (self.codes_FD[ids] * self.scales_F[ids][..., None]).astype(self.dtype)
 
-    def quantize(self, array: np.ndarray, dtype: DTypeLike) -> None:
+    def assign_rounded(self, array: np.ndarray, dtype: DTypeLike) -> None:
         """Take over the numbers of a table, (V, D)."""
         del dtype  # it is known
         self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(array))

@@ -87,7 +87,7 @@ class Pretrained:
             for parameter in table:
                 array = checkpoint.read(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
-                    local_place(model, parameter)[0].quantize(array, name)
+                    local_place(model, parameter)[0].assign_rounded(array, name)
                     continue
                 assign(model, parameter, to_array(array, parameter, name))
             for parameter in new:

@@ -36,6 +36,7 @@ from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_tf.quantized import Int8Embedding
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -476,9 +477,12 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
 
     def logits(self, hidden_BTE: tf.Tensor) -> tf.Tensor:
         """The head: hidden states (…, E) to logits (…, V)."""
+        table = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
+            return table.attend(hidden_BTE)
         if self.config.tie_word_embeddings:
             # One two-dimensional product: the table is read as it lies, not transposed first.
-            table_VE = tf.cast(self.get_input_embeddings().embeddings, hidden_BTE.dtype)
+            table_VE = tf.cast(table.embeddings, hidden_BTE.dtype)
             *outer, E = keras.ops.shape(hidden_BTE)
             logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))

@@ -53,7 +53,7 @@ class Int8Linear(keras.layers.Layer):
         outputs_MF = outputs_MF if self.bias is None else outputs_MF + tf.cast(self.bias, self.compute_dtype)
         return tf.reshape(outputs_MF, (*outer, self.out_features))
 
-    def quantize(self, array: np.ndarray, dtype: str) -> None:
+    def assign_rounded(self, array: np.ndarray, dtype: str) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # it is known
         for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(array), strict=True):
@@ -83,7 +83,7 @@ class Int8Embedding(keras.layers.Layer):
         codes = tf.cast(tf.gather(self.codes_FD.value, ids), tf.float32)
         return tf.cast(codes * tf.gather(self.scales_F.value, ids)[..., None], self.compute_dtype)
 
-    def quantize(self, array: np.ndarray, dtype: str) -> None:
+    def assign_rounded(self, array: np.ndarray, dtype: str) -> None:
         """Take over the numbers of a table, (V, D)."""
         del dtype  # it is known
         for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(array), strict=True):

@@ -96,7 +96,7 @@ class Pretrained:
                 array = checkpoint.read(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
                     layer: Any = local_place(model, parameter)[0]
-                    layer.quantize(array, device or torch.get_default_device(), getattr(torch, name))
+                    layer.assign_rounded(array, device or torch.get_default_device(), getattr(torch, name))
                     continue
                 tensor = to_tensor(array)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))

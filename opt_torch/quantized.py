@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
         # The kernel is fast on bfloat16 alone.
         return torch.ops.aten._weight_int8pack_mm(inputs_MD.bfloat16(), self.codes_FD, self.scales_F.bfloat16())
 
-    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # that of the inputs is kept
         self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
@@ -119,7 +119,7 @@ class Int4Linear(nn.Module):
             inputs_MD.bfloat16(), self.packed, GROUP_SIZE, self.scales_GF2
         )
 
-    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a matrix, (F, D).
 
         Raises:
@@ -160,7 +160,7 @@ class Int8Embedding(nn.Module):
         """Ids (…,) to rows (…, D)."""
         return (self.codes_FD[ids] * self.scales_F[ids][..., None]).to(self.dtype)
 
-    def quantize(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a table, (V, D), whose rows are to be of a dtype."""
         self.dtype = dtype
         self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
