@@ -41,7 +41,7 @@ class OptTorch:
         from opt_torch import OPTForCausalLM
 
         self.torch = torch
-        self.model = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
+        self.model: Any = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
         self.optimizer: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
@@ -65,7 +65,7 @@ class HfTorch(OptTorch):
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         import torch
-        from transformers import OPTForCausalLM
+        from transformers import OPTForCausalLM  # pyright: ignore[reportMissingImports]
 
         self.torch = torch
         self.model = OPTForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
@@ -84,8 +84,7 @@ class OptFlax:
     def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
         from opt_flax import FlaxOPTForCausalLM
 
-        options = {} if quantization is None else {"quantization": quantization}
-        self.model = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        self.model: Any = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
         self.step: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
@@ -115,8 +114,7 @@ class OptTf:
     def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
         from opt_tf import TFOPTForCausalLM
 
-        options = {} if quantization is None else {"quantization": quantization}
-        self.model = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        self.model: Any = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
         self.step: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
@@ -147,7 +145,7 @@ class HfTf:
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         import tensorflow as tf
-        from transformers import TFOPTForCausalLM
+        from transformers import TFOPTForCausalLM  # pyright: ignore[reportMissingImports]
 
         assert dtype == "float32"
         self.tf = tf
@@ -165,7 +163,7 @@ class HfFlax:
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         import jax
-        from transformers import FlaxOPTForCausalLM
+        from transformers import FlaxOPTForCausalLM  # pyright: ignore[reportMissingImports]
 
         assert dtype == "float32"
         self.jax = jax
@@ -205,7 +203,7 @@ class KerasHub:
     """KerasHub, on the backend that the environment variable KERAS_BACKEND names."""
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
-        import keras_hub
+        import keras_hub  # pyright: ignore[reportMissingImports]
 
         config = json.loads((path / "config.json").read_text())
         backbone = keras_hub.models.OPTBackbone(
@@ -246,7 +244,7 @@ class CTranslate2:
     """CTranslate2; `path` is what its own converter made."""
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
-        import ctranslate2
+        import ctranslate2  # pyright: ignore[reportMissingImports]
 
         threads = len(os.sched_getaffinity(0))
         self.vocabulary = json.loads((path / "vocabulary.json").read_text())

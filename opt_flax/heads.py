@@ -25,6 +25,7 @@ from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
 from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
+from opt_flax.quantized import Int8Embedding
 from opt_flax.training import Trainable
 
 # Results pass through jax.jit.
@@ -120,7 +121,7 @@ class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Mod
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -213,7 +214,7 @@ class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -33,6 +33,7 @@ from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_flax.lora import Adaptable
+from opt_flax.quantized import Int8Embedding
 from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
@@ -339,7 +340,7 @@ class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return not self.decoder.layer_dropout.deterministic
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -442,7 +443,7 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -383,7 +383,7 @@ class TFOPTModel(Adaptable, Trainable, Pretrained, keras.Model):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -521,7 +521,7 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
         """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

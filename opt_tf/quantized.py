@@ -7,6 +7,7 @@ them to what comes before.
 # TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false
 
 from collections.abc import Callable
 from typing import Any

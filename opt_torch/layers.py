@@ -24,7 +24,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # An operator without a promise: where a version of PyTorch lacks it, its own product serves.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear(nn.Linear):
@@ -44,7 +44,7 @@ class Linear(nn.Linear):
         """
         rows = inputs.numel() // self.in_features
         return (
-            _HAS_ONEDNN
+            HAS_ONEDNN
             and inputs.dtype is torch.float32
             and inputs.device.type == "cpu"
             and (rows == 1 or rows > 4)

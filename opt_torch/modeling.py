@@ -427,12 +427,13 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        if self.config.tie_word_embeddings:
-            table = self.get_input_embeddings()
-            if isinstance(table, Int8Embedding):
-                self.lm_head = table.head()
-            else:
-                self.lm_head.weight = table.weight
+        if not self.config.tie_word_embeddings:
+            return
+        table = self.get_input_embeddings()
+        if isinstance(table, Int8Embedding):
+            self.lm_head = table.head()
+        else:
+            self.lm_head.register_parameter("weight", table.weight)
 
 
 def check(

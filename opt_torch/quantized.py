@@ -183,14 +183,14 @@ def int8_product(inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tenso
     if torch.is_grad_enabled() and inputs_MD.requires_grad:
         return Int8Product.apply(inputs_MD, codes_FD, scales_F)
     inputs_MD = inputs_MD.float()
-    peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
-    if len(inputs_MD) == 0 or not float(peaks_M.max()) > OUTLIER:
-        return multiply_rounded(inputs_MD, codes_FD, peaks_M).mul_(scales_F)
+    rounded_MD, steps_M = round_rows(inputs_MD)
+    if len(inputs_MD) == 0 or not float(steps_M.max()) > OUTLIER / INT8_LIMIT:
+        return multiply_integers(rounded_MD, codes_FD) * steps_M * scales_F
     large_MD = inputs_MD * (inputs_MD.abs() > OUTLIER)
-    rest_MD = inputs_MD - (large_MD / steps(peaks_M)).round_() * steps(peaks_M)
-    outputs_MF = multiply_rounded(large_MD, codes_FD, peaks_M)
-    rest_peaks_M = torch.linalg.vector_norm(rest_MD, torch.inf, -1, keepdim=True)
-    return outputs_MF.add_(multiply_rounded(rest_MD, codes_FD, rest_peaks_M)).mul_(scales_F)
+    large_rounded_MD, large_steps_M = round_rows(large_MD)
+    rounded_MD, steps_M = round_rows(inputs_MD - large_rounded_MD * large_steps_M)
+    products_MF = multiply_integers(large_rounded_MD, codes_FD) * large_steps_M
+    return (products_MF + multiply_integers(rounded_MD, codes_FD) * steps_M) * scales_F
 
 
 class Int8Product(torch.autograd.Function):
@@ -210,17 +210,18 @@ class Int8Product(torch.autograd.Function):
         return ((gradients[0] * scales_F) @ codes_FD.float()).to(ctx.dtype), None, None
 
 
-def multiply_rounded(inputs_MD: Tensor, codes_FD: Tensor, peaks_M: Tensor) -> Tensor:
-    """The product of inputs, rounded to 8 bits, with a transposed matrix of integers, (M, F)."""
-    steps_M = steps(peaks_M)
-    rounded_MD = (inputs_MD / steps_M).round_().to(torch.int8)
+def round_rows(inputs_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit integers and the step of each row, (M, 1)."""
+    peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
+    # The smallest normal number keeps rows of zeros from being divided by zero.
+    steps_M = (peaks_M / INT8_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (inputs_MD / steps_M).round_().to(torch.int8), steps_M
+
+
+def multiply_integers(rounded_MD: Tensor, codes_FD: Tensor) -> Tensor:
+    """The product of integers with a transposed matrix of them, (M, F)."""
     M = len(rounded_MD)
     if rounded_MD.is_cuda and M < CUDA_ROWS:
         rounded_MD = functional.pad(rounded_MD, (0, 0, 0, CUDA_ROWS - M))
     products_MF = torch._int_mm(rounded_MD, codes_FD.T)  # pyright: ignore[reportPrivateImportUsage]
-    return products_MF[:M] * steps_M
-
-
-def steps(peaks_M: Tensor) -> Tensor:
-    """The step of each row; the smallest normal number keeps rows of zeros from being divided by zero."""
-    return (peaks_M / INT8_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
+    return products_MF[:M]
