@@ -431,9 +431,9 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
             return
         table = self.get_input_embeddings()
         if isinstance(table, Int8Embedding):
-            self.lm_head = table.head()
+            self.lm_head: Any = table.head()
         else:
-            self.lm_head.register_parameter("weight", table.weight)
+            self.lm_head.weight = table.weight
 
 
 def check(
