@@ -13,7 +13,7 @@ ready := $(VENV)/.ready
 one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types contracts docs unit format oracle oracle-keras-hub isolated clean
+.PHONY: help setup demo test check lint types contracts docs unit format oracle oracle-keras-hub isolated peft clean
 
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,22 @@ oracle-keras-hub: .venv-keras-hub/.ready  ## KerasHub loads what we write, and w
 .venv-keras-hub/.ready: tests/oracle/requirements-keras-hub.txt
 	test -x .venv-keras-hub/bin/python || $(PYTHON) -m venv .venv-keras-hub
 	.venv-keras-hub/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+FUZZ ?= 100000
+
+.PHONY: fuzz
+fuzz: $(ready)  ## read 100,000 damaged checkpoints (FUZZ=N: another number); the tests read 2,000
+	$(one_thread) $(bin)/python -W ignore -m tests.fuzz.run --count $(FUZZ) --workers $(WORKERS)
+
+peft: $(ready) .venv-peft/.ready  ## the PyTorch model in PEFT, and every backend's adapters (an environment of its own)
+	rm -rf build/adapters
+	PYTHONPATH=. $(one_thread) $(bin)/python tests/oracle/write_adapters.py build/adapters
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-peft/bin/python tests/oracle/check_peft.py build/adapters
+
+.venv-peft/.ready: tests/oracle/requirements-peft.txt
+	test -x .venv-peft/bin/python || $(PYTHON) -m venv .venv-peft
+	.venv-peft/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements-peft.txt
 	touch $@
 
 kinds := none torch tf flax

@@ -16,6 +16,7 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
+from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
 
@@ -26,6 +27,8 @@ class Pretrained:
     head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
+    lora_config: LoraConfig | None = None
+    lora_merged: bool = False
 
     @classmethod
     def from_pretrained(
@@ -120,8 +123,10 @@ class Pretrained:
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
-            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+            CheckpointError: if the checkpoint cannot be written, the directory holds another one, or the model has an
+                adapter that isn't merged.
         """
+        check_whole(self.lora_config, merged=self.lora_merged)
         table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,
