@@ -140,7 +140,7 @@ class Pretrained:
 
         Args:
             directory: where to; made if it does not exist.
-            format: "safetensors", "torch", "tf" or "flax".
+            format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
             dtype: dtype to store; None means the model's.
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
