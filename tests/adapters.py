@@ -223,6 +223,20 @@ class Adapter:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
 
+    def int8_product(self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """`opt_common.quantization.int8_product`."""
+        return self.array(self.rounded_layers().int8_product(*map(self.tensor, (inputs, codes, scales))))
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        """Gradient of that product's inputs."""
+        raise NotImplementedError
+
+    def rounded_layers(self) -> Any:
+        """The module with layers in few bits."""
+        return importlib.import_module(f"{self.package.__name__}.quantized")
+
     def process(
         self, found: Any, tokens: np.ndarray, attended: np.ndarray, scores: np.ndarray, gates: np.ndarray
     ) -> np.ndarray:
@@ -421,6 +435,31 @@ class TorchAdapter(Adapter):
         value = value.detach()
         return value.float().numpy() if value.dtype == self.torch.bfloat16 else widened(value.numpy())
 
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        rows = self.tensor(inputs).requires_grad_()
+        product = self.rounded_layers().int8_product(rows, self.tensor(codes), self.tensor(scales))
+        product.backward(self.tensor(upstream))
+        return self.array(rows.grad)
+
+    def rounded_linear(self, weight: np.ndarray, scheme: str) -> Any:
+        """A linear layer in few bits."""
+        F, D = weight.shape
+        placing: dict[str, Any] = {"use_bias": False, "device": "cpu", "dtype": None}
+        module = self.rounded_layers()
+        layer = (
+            module.Int4Linear(D, F, **placing)
+            if scheme == "int4"
+            else module.Int8Linear(D, F, dynamic=False, **placing)
+        )
+        layer.assign_rounded(weight, "cpu", None)
+        return layer
+
+    def call_layer(self, layer: Any, inputs: np.ndarray) -> np.ndarray:
+        """A layer's outputs."""
+        return self.array(layer(self.tensor(inputs)))
+
 
 class TFAdapter(Adapter):
     """`opt_tf` on the CPU."""
@@ -548,6 +587,17 @@ class TFAdapter(Adapter):
 
     def array(self, value: Any) -> np.ndarray:
         return widened(value.numpy())
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        import tensorflow as tf
+
+        rows = tf.constant(inputs)
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            product = self.rounded_layers().int8_product(rows, self.tensor(codes), self.tensor(scales))
+        return self.array(tape.gradient(product, rows, output_gradients=self.tensor(upstream)))
 
 
 class FlaxAdapter(Adapter):
@@ -717,6 +767,15 @@ class FlaxAdapter(Adapter):
 
     def array(self, value: Any) -> np.ndarray:
         return widened(np.asarray(value[...] if isinstance(value, self.nnx.Variable) else value))
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        import jax
+
+        arrays = self.tensor(codes), self.tensor(scales)
+        _, pull = jax.vjp(lambda rows: self.rounded_layers().int8_product(rows, *arrays), self.tensor(inputs))
+        return self.array(pull(self.tensor(upstream))[0])
 
 
 ADAPTERS = {"torch": TorchAdapter, "tf": TFAdapter, "flax": FlaxAdapter}
