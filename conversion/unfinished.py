@@ -251,9 +251,10 @@ class Work:
     def _check_foreign(self, manifest: Mapping[str, Any]) -> None:
         """Nothing of somebody else's may lie where files are removed and moved."""
         known = {*self._names, *manifest.get("names", ())}
-        inside = [path for path in self.files.iterdir() if path.name not in known] if self.files.is_dir() else []
-        outside = [path for path in self.place.iterdir() if path.name not in (_FILES, _MANIFEST, _NEW_MANIFEST)]
-        if foreign := sorted(path.name for path in (*inside, *outside)):
+        files = (path.relative_to(self.files).as_posix() for path in self.files.rglob("*") if not path.is_dir())
+        inside = [name for name in files if name not in known]
+        outside = [path.name for path in self.place.iterdir() if path.name not in (_FILES, _MANIFEST, _NEW_MANIFEST)]
+        if foreign := sorted((*inside, *outside)):
             raise CheckpointError(
                 f"{self.place}, where {self._target} is prepared, holds files of somebody else: "
                 f"{', '.join(foreign[:5])}. Move them away."
@@ -293,6 +294,8 @@ class Work:
         for name in names:
             with contextlib.suppress(OSError):
                 (directory / name).unlink()
+                for parent in list(Path(name).parents)[:-1]:
+                    (directory / parent).rmdir()
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def write_plan(
         directory: where to.
         plan: what to write.
         read: gives each parameter; called as for `save_checkpoint`, in the order of the plan.
-        documents: further files by name.
+        documents: further files by name, or by their path below the directory.
         progress: called with the bytes of each tensor that has been written, or needs not be.
         source: the files that `read` reads and what they were when they were opened. They must stay so, and what is
             finished can then be gone on with after an interruption; None for arrays in memory.
@@ -85,10 +85,12 @@ def _write_files(
                 with finisher.following(file, noted=file != plan.files[-1]):
                     _write_shard(work.files / file, plan, shard, read, progress)
             for name, content in documents.items():
+                (work.files / name).parent.mkdir(parents=True, exist_ok=True)
                 (work.files / name).write_bytes(content)
                 sync(work.files / name)
         check_unchanged(source)
-        sync(work.files)
+        for path in (work.files, *(path for path in work.files.rglob("*") if path.is_dir())):
+            sync(path)
     except CheckpointError as error:
         work.discard()  # another run would come to the same end
         if paths := changed(source):

@@ -2,6 +2,7 @@
 
     python -m tests.kill_runs --kills 200 --full 200 --changes 200 --seed 0
 
+So many runs are made that the numbers asked for were really killed, out of disk, or had their source changed in time.
 Every run takes a random pair of formats, in one file or in shards, a new target or one that exists (`--force`), and a
 random moment. Afterwards: the target is absent or whole (of an existing one: old, new, or without weights that load),
 the source has the bytes it had, files of others are where they were, a run without --resume says what lies there and
@@ -158,8 +159,8 @@ class Runner:
 
     # The three kinds of runs
 
-    def killed(self) -> None:
-        """Killed at a random moment."""
+    def killed(self) -> bool:
+        """Killed at a random moment; whether the run was not done before."""
         pair = self.pair()
         source, new = self.directory / "sources" / pair.folder, self.directory / "target"
         expected, seconds = self.expected(pair)
@@ -176,9 +177,10 @@ class Runner:
         self.check(new, expected, old)
         self.check_without_resume(source, new, pair, force)
         self.complete(source, new, pair, force, expected, old)
+        return code != 0
 
-    def full(self) -> None:
-        """The disk is full after a random number of bytes."""
+    def full(self) -> bool:
+        """The disk is full after a random number of bytes; whether they were too few."""
         pair = self.pair()
         source = self.directory / "sources" / pair.folder
         expected, _ = self.expected(pair)
@@ -203,9 +205,10 @@ class Runner:
             self.check(new, expected, {})
             make_room()
             self.complete(source, new, pair, [], expected, {})
+        return code != 0
 
-    def changed(self) -> None:
-        """The source is changed at a random moment while it is read."""
+    def changed(self) -> bool:
+        """The source is changed at a random moment; whether it was while it was read."""
         pair = self.pair()
         source, new = self.directory / "changing", self.directory / "target"
         expected, seconds = self.expected(pair)
@@ -233,6 +236,7 @@ class Runner:
             self.complete(source, new, pair, [], expected, {})
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(source)
+        return code != 0
 
     # What they share
 
@@ -382,11 +386,12 @@ def main() -> None:
         runner = Runner(Path(directory), arguments.seed, mount=arguments.mount)
         counts = {"killed": arguments.kills, "full": arguments.full, "changed": arguments.changes}
         for kind, count in counts.items():
-            for number in range(count):
+            done = 0
+            while done < count:
                 try:
-                    getattr(runner, kind)()
+                    done += getattr(runner, kind)()
                 except BaseException:
-                    print(f"run {number} of kind {kind} with seed {arguments.seed} failed", file=sys.stderr)
+                    print(f"run {done} of kind {kind} with seed {arguments.seed} failed", file=sys.stderr)
                     raise
     seconds = round(time.monotonic() - start, 1)
     print(json.dumps({"runs": counts, "outcomes": dict(sorted(runner.outcomes.items())), "seconds": seconds}))
