@@ -294,6 +294,7 @@ class Work:
         for name in names:
             with contextlib.suppress(OSError):
                 (directory / name).unlink()
+            with contextlib.suppress(OSError):
                 for parent in list(Path(name).parents)[:-1]:
                     (directory / parent).rmdir()
 
