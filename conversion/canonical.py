@@ -1,12 +1,13 @@
 """Native names of tensors <-> canonical names.
 
 Canonical are Hugging Face's torch names in an `OPTForCausalLM`, as in `opt_common.params`. A file may hold them with
-any framework's leaf names, parted by "." or "/", with or without the prefix of the language model. Both directions are
+any framework's leaf names, parted by "." or "/", with or without the prefix of the language model, and inside another
+model or a wrapper (`WRAPPERS`). Both directions are
 derived from `LEAVES` and `Parameter.path`; nothing here lists a model's tensors.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
@@ -31,6 +32,20 @@ DROPS = (
     Drop(("decoder", "version"), "metaseq's number of its own file layout; not a weight"),
     Drop(("embed_positions", "_float_tensor"), "fairseq's marker of a device; not a weight"),
 )
+
+
+BLIP_2 = "language_model"
+"""What BLIP-2 calls the OPT inside it."""
+
+BLIP_2_PARTS = ("vision_model", "qformer", "query_tokens", "language_projection")
+"""The first parts of the names of everything else in a BLIP-2 checkpoint."""
+
+WRAPPERS = {
+    BLIP_2: "BLIP-2's checkpoints hold an OPT under this name",
+    "module": "torch.nn.DataParallel and DistributedDataParallel put it in front of a model's names",
+    "_orig_mod": "torch.compile puts it in front of a model's names",
+}
+"""Modules that may stand around a whole model, each with the reason; names are the same without them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +101,11 @@ def to_canonical(native: str, scheme: Scheme) -> CanonicalName:
     """The canonical name of a tensor.
 
     Args:
-        native: its name in a file: `model.decoder.`, `decoder.` or nothing in front of the module; in a Keras file
-            also a scope, which is dropped whatever it is.
+        native: its name in a file: `model.decoder.`, `decoder.` or nothing in front of the module, and any `WRAPPERS`
+            in front of that; in a Keras file also a scope, which is dropped whatever it is.
         scheme: whose leaf names the file has.
     """
-    *module, leaf = _without_scope(_split(native), scheme)
+    *module, leaf = _without_scope(_without_wrappers(_split(native)), scheme)
     if len(module) == 0:
         return CanonicalName(native, transposed=False)
     for exception in EXCEPTIONS:
@@ -154,6 +169,18 @@ def canonical_names(natives: Iterable[str], scheme: Scheme) -> dict[str, tuple[s
 
 def _split(native: str) -> tuple[str, ...]:
     return tuple(native.removesuffix(":0").replace("/", ".").split("."))
+
+
+def is_of_blip_2(native: str, parts: Container[str]) -> bool:
+    """Whether a tensor is in one of some parts of a BLIP-2 model."""
+    path = _split(native)
+    return next((part for part in path if part == BLIP_2 or part not in WRAPPERS), "") in parts
+
+
+def _without_wrappers(path: tuple[str, ...]) -> tuple[str, ...]:
+    """The path without the modules around the model."""
+    first = next((index for index, part in enumerate(path) if part not in WRAPPERS), 0)
+    return path[first:]
 
 
 def _modules_of_decoder() -> frozenset[str]:

@@ -6,6 +6,7 @@ with open_checkpoint("opt-125m") as checkpoint:
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from conversion.canonical import EMBEDDING, HEAD, canonical_names
+from conversion.canonical import BLIP_2, BLIP_2_PARTS, EMBEDDING, HEAD, canonical_names, is_of_blip_2
 from conversion.dtypes import BY_NUMPY
 from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
 from conversion.metaseq_config import config_of
@@ -52,6 +53,7 @@ class Checkpoint:
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
         head: what stands on the decoder, by the class in the configuration, or else by the tensors.
+        left_out: native names of the tensors of a BLIP-2 checkpoint that are not its language model's.
     """
 
     def __init__(self, config: OPTConfig | None, format_name: str, files: tuple[Path, ...]) -> None:
@@ -70,6 +72,7 @@ class Checkpoint:
                     self._add(path, READERS[format_name](path))
             assert config is not None
             self.config: OPTConfig = config
+            self.left_out = self._leave_out()
             self._settle_head()
         except BaseException:
             self.close()
@@ -135,6 +138,16 @@ class Checkpoint:
             flip = transposed and len(reader.tensors[native].shape) == 2
             self._tensors[name] = (reader, native, flip)
 
+    def _leave_out(self) -> tuple[str, ...]:
+        """Take out what BLIP-2 has around its language model. Where there is no such, those names are just unknown."""
+        natives = {name: self.native_name(name) for name in self.names}
+        if not any(is_of_blip_2(native, (BLIP_2,)) for native in natives.values()):
+            return ()
+        others = {name: native for name, native in natives.items() if is_of_blip_2(native, BLIP_2_PARTS)}
+        for name in others:
+            del self._tensors[name]
+        return tuple(others.values())
+
     def _settle_head(self) -> None:
         """A tied model has one tensor for token table and head, under whichever name; only the first is canonical."""
         if not self.config.tie_word_embeddings or HEAD not in self._tensors:
@@ -186,6 +199,12 @@ def open_checkpoint(
         except BaseException:
             checkpoint.close()
             raise
+    if checkpoint.left_out:
+        warnings.warn(
+            f"{checkpoint.files[0].parent} holds a BLIP-2 model, of which only the language model is read: "
+            f"{len(checkpoint.left_out)} tensors of {', '.join(BLIP_2_PARTS)} are left out.",
+            stacklevel=2,
+        )
     return checkpoint
 
 
@@ -285,7 +304,7 @@ def _check_index(index: Path, checkpoint: Checkpoint) -> None:
     """Every tensor that the index promises must be there; shards of an interrupted download often lack some."""
     scheme = checkpoint.scheme
     promised = canonical_names(read_index(index), scheme)
-    held = set(checkpoint.names) | {HEAD, EMBEDDING}
+    held = {*checkpoint.names, *checkpoint.left_out, HEAD, EMBEDDING}
     if missing := [name for name in promised if name not in held]:
         raise CheckpointError(
             f"{index} promises tensors that its shards do not hold: {', '.join(missing[:5])}"

@@ -11,7 +11,8 @@ from typing import Any
 from conversion.convert import PlannedConversion, convert, plan_conversion
 from conversion.doctor import PROBLEM, Diagnosis, doctor
 from conversion.inspect import Inspection, inspect
-from conversion.save import TARGETS, no_room
+from conversion.plan import TARGETS
+from conversion.target import no_room
 from conversion.verify import FunctionCheck, Verification, verify
 from opt_common.errors import OPTError
 

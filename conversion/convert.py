@@ -10,15 +10,9 @@ from typing import Any, cast
 
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
 from conversion.dtypes import parse_dtype
-from conversion.save import (
-    DEFAULT_SHARD_SIZE,
-    Plan,
-    check_target,
-    free_bytes,
-    make_plan,
-    needed_bytes,
-    write_plan,
-)
+from conversion.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from conversion.target import check_target, free_bytes, needed_bytes
+from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve

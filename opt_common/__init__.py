@@ -12,6 +12,7 @@ from opt_common.errors import (
 )
 from opt_common.generation import GenerationConfig
 from opt_common.tokenizer import OPTTokenizer
+from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 
 __all__ = [
     "CheckpointError",
@@ -24,4 +25,6 @@ __all__ = [
     "OPTError",
     "OPTTokenizer",
     "TokenizerError",
+    "WatermarkDetector",
+    "WatermarkingConfig",
 ]

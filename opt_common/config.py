@@ -154,10 +154,14 @@ class OPTConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the contents of a `config.json`. Keys that are not fields are kept in `extra`.
 
+        That of a BLIP-2 model holds an OPT's as its `text_config`, which is read then.
+
         Raises:
             ConfigError: for another model type, or naming every bad field.
         """
         values = dict(values)
+        if values.get("model_type") == "blip-2" and isinstance(values.get("text_config"), Mapping):
+            values = dict(cast("Mapping[str, Any]", values["text_config"]))
         model_type = values.pop("model_type", "opt")
         if model_type != "opt":
             raise ConfigError(

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -80,7 +80,11 @@ class Decoder(Protocol):
 
 
 def read_prompt(
-    config: OPTConfig, settings: GenerationConfig, input_ids: npt.NDArray[Any], attention_mask: npt.NDArray[Any] | None
+    config: OPTConfig,
+    settings: GenerationConfig,
+    input_ids: npt.NDArray[Any],
+    attention_mask: npt.NDArray[Any] | None,
+    functions: Sequence[Callable[[Any, Any], Any]] = (),
 ) -> Prompt:
     """Check prompts and bring them into the decoders' form, each as often as it is to be continued.
 
@@ -89,6 +93,7 @@ def read_prompt(
         settings: how to continue.
         input_ids: (B, T) integers.
         attention_mask: (B, T) of ones and zeros, padding anywhere; None means no padding.
+        functions: the user's own processors.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
@@ -137,7 +142,11 @@ def read_prompt(
         attention_mask=mask_BT,
         new_tokens=new_tokens,
         processors=processors(
-            settings, vocab_size=config.vocab_size, prompt_length=length, max_length=length + new_tokens
+            settings,
+            vocab_size=config.vocab_size,
+            prompt_length=length,
+            max_length=length + new_tokens,
+            functions=functions,
         ),
         uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed) if settings.do_sample else None,
     )
@@ -179,13 +188,12 @@ def decode(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Iter
         GenerationError: where a row that is not finished has no token to go on with.
     """
     eos = np.asarray(settings.eos_token_id, dtype=np.int64)
-    pad = settings.pad_token_id if settings.pad_token_id is not None else int(eos[0]) if eos.size else 0
     ids_BT, mask_BT = prompt.input_ids, prompt.attention_mask
     finished_B = np.zeros(len(ids_BT), dtype=bool)
     tokens_B = decoder.prefill(ids_BT, mask_BT, prompt.choice(0))
     for step in range(prompt.new_tokens):
         _check_possible(tokens_B, finished_B, step)
-        tokens_B = np.where(finished_B, pad, tokens_B)
+        tokens_B = np.where(finished_B, settings.padding, tokens_B)
         yield tokens_B
         finished_B |= np.isin(tokens_B, eos)
         if finished_B.all() or step + 1 == prompt.new_tokens:

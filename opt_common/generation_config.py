@@ -12,6 +12,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
+from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
 """How many tokens sampling chooses from, when nothing is said: Hugging Face's default."""
@@ -65,6 +66,7 @@ class GenerationConfig:
         exponential_decay_length_penalty: (start, factor): from `start` new tokens on, end-of-text scores grow by
             `factor` with each token.
         renormalize_logits: make scores log-probabilities again after all else.
+        watermarking_config: a `WatermarkingConfig`, or a dict of its fields, that marks the text.
 
         use_cache: False computes every step from the whole text, which is slow and gives the same tokens.
         extra: every other key of the file that was read; written back as it came.
@@ -102,6 +104,7 @@ class GenerationConfig:
     begin_suppress_tokens: tuple[int, ...] = ()
     exponential_decay_length_penalty: tuple[int, float] | None = None
     renormalize_logits: bool = False
+    watermarking_config: WatermarkingConfig | None = None
     use_cache: bool = True
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
@@ -113,6 +116,8 @@ class GenerationConfig:
                 continue
             try:
                 object.__setattr__(self, name, rule.read(value))
+            except GenerationError as error:
+                problems.append(str(error))
             except (TypeError, ValueError):
                 problems.append(f"{name} is {value!r}, expected {rule.expected}.")
         if self.exponential_decay_length_penalty is not None and not self.eos_token_id:
@@ -158,7 +163,14 @@ class GenerationConfig:
         for name in ("eos_token_id", "forced_eos_token_id"):
             if name in values:
                 values[name] = values[name][0] if len(values[name]) == 1 else list(values[name])
+        if self.watermarking_config is not None:
+            values["watermarking_config"] = dataclasses.asdict(self.watermarking_config)
         return {**self.extra, **values}
+
+    @property
+    def padding(self) -> int:
+        """What a finished row emits."""
+        return next((token for token in (self.pad_token_id, *self.eos_token_id) if token is not None), 0)
 
     def updated(self, **settings: Any) -> Self:
         """A copy with some settings changed; None leaves a setting as it is.
@@ -297,6 +309,7 @@ _RULES = {
     "begin_suppress_tokens": _ID_LIST,
     "exponential_decay_length_penalty": _Rule("(start, factor): an integer from 0 on and a number above 0", _decay),
     "renormalize_logits": _FLAG,
+    "watermarking_config": _Rule("a WatermarkingConfig, a dict of its fields or None", WatermarkingConfig.read),
     "use_cache": _FLAG,
 }
 

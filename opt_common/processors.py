@@ -18,13 +18,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from opt_common import watermark
 from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import DEFAULT_TOP_K, GenerationConfig
+from opt_common.watermark import WatermarkingConfig
 
 Array: TypeAlias = npt.NDArray[Any]
 
-Program: TypeAlias = tuple[tuple[str, int], ...]
-"""Names of the processors in order, each with its static size: what a compiler must know."""
+Program: TypeAlias = tuple[tuple[str, int, Callable[[Any, Any], Any] | None], ...]
+"""Names of the processors in order, each with its static size and a user's function: what a compiler must know."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,12 +36,14 @@ class Processor:
     Attributes:
         name: the function that computes it.
         size: what shapes its program, such as the n of an n-gram; 0 where nothing does.
+        function: a function of the user's, in the framework's own arrays.
         arguments: arrays that stay the same for the whole run.
         gate: from the number of tokens so far, padding included, a number that may change with each step.
     """
 
     name: str
     size: int = 0
+    function: Callable[[Any, Any], Any] | None = None
     arguments: tuple[Array, ...] = ()
     gate: Callable[[int], float] = lambda length: 1.0
 
@@ -50,17 +54,25 @@ class Setting:
 
     Attributes:
         size: see `Processor`.
+        function: likewise.
         arguments: likewise.
         gate: the number of this step.
     """
 
     size: int
+    function: Callable[[Any, Any], Any] | None
     arguments: tuple[Any, ...]
     gate: Any
 
 
 def processors(
-    settings: GenerationConfig, *, vocab_size: int, prompt_length: int, max_length: int, min_tokens_to_keep: int = 1
+    settings: GenerationConfig,
+    *,
+    vocab_size: int,
+    prompt_length: int,
+    max_length: int,
+    min_tokens_to_keep: int = 1,
+    functions: Sequence[Callable[[Any, Any], Any]] = (),
 ) -> tuple[Processor, ...]:
     """The processors that some settings ask for, in the order in which they act.
 
@@ -70,19 +82,24 @@ def processors(
         prompt_length: tokens of a prompt, padding included.
         max_length: tokens of prompt and continuation at most.
         min_tokens_to_keep: how many tokens sampling's filters leave at least.
+        functions: the user's, which act in their order after all that is not sampling's.
 
     Raises:
-        GenerationError: for ids that the vocabulary does not have.
+        GenerationError: for ids that the vocabulary does not have, or a function that is none.
     """
     _check_ids(settings, vocab_size)
+    _check_functions(functions)
     chosen = [
         *_biases(settings),
         *_history_penalties(settings),
         *_bad_words(settings),
         *_endings(settings, prompt_length, max_length),
+        *_functions(settings, functions),
     ]
     if settings.do_sample:
         chosen += _warpers(settings, vocab_size, min_tokens_to_keep)
+    if settings.watermarking_config is not None:
+        chosen.append(_watermark(settings.watermarking_config))
     if settings.renormalize_logits:
         chosen.append(Processor(name="renormalize"))
     return tuple(chosen)
@@ -90,7 +107,16 @@ def processors(
 
 def program(chosen: Sequence[Processor]) -> Program:
     """The static part of a run's processors."""
-    return tuple((processor.name, processor.size) for processor in chosen)
+    return tuple((processor.name, processor.size, processor.function) for processor in chosen)
+
+
+def _check_functions(functions: Sequence[Callable[[Any, Any], Any]]) -> None:
+    if problems := [
+        f"logits_processor[{place}] is {function!r}, expected a function of input_ids and scores."
+        for place, function in enumerate(functions)
+        if not callable(function)
+    ]:
+        raise GenerationError(join_problems(problems))
 
 
 def _check_ids(settings: GenerationConfig, vocab_size: int) -> None:
@@ -175,6 +201,20 @@ def _on_ids(name: str, ids: tuple[int, ...], gate: Callable[[int], float]) -> Pr
     return Processor(name=name, arguments=(np.array(padded, dtype=np.int32),), gate=gate)
 
 
+def _functions(settings: GenerationConfig, functions: Sequence[Callable[[Any, Any], Any]]) -> list[Processor]:
+    """The user's own. Their `size` is their place in the list, for messages."""
+    pad = np.array(settings.padding, dtype=np.int32)
+    return [
+        Processor(name="function", size=place, function=function, arguments=(pad,))
+        for place, function in enumerate(functions)
+    ]
+
+
+def _watermark(config: WatermarkingConfig) -> Processor:
+    arguments = (config.secret.astype(np.uint32), np.array([config.threshold], np.uint32), np.array(config.bias))
+    return Processor(name=config.seeding_scheme, size=config.context_width, arguments=arguments)
+
+
 def _warpers(settings: GenerationConfig, vocab_size: int, keep: int) -> list[Processor]:
     """What sampling does to scores."""
     chosen: list[Processor] = []
@@ -251,9 +291,9 @@ def process(
         arguments: of each.
         gates: of each, in this step.
     """
-    for (name, size), values, gate in zip(program, arguments, gates, strict=True):
+    for (name, size, function), values, gate in zip(program, arguments, gates, strict=True):
         numbers = tuple(value.astype(scores_BV.dtype) if value.dtype.kind == "f" else value for value in values)
-        setting = Setting(size=size, arguments=numbers, gate=scores_BV.dtype.type(gate))
+        setting = Setting(size=size, function=function, arguments=numbers, gate=scores_BV.dtype.type(gate))
         scores_BV = PROCESSORS[name](scores_BV, history, setting)
     return scores_BV
 
@@ -309,6 +349,32 @@ def exponential_decay(scores_BV: Array, history: History, setting: Setting) -> A
     raised_BV = members(setting, scores_BV) & (scores_BV > -np.inf)
     magnitudes_BV = np.where(raised_BV, np.abs(scores_BV), 0)
     return scores_BV + magnitudes_BV * (setting.gate - 1)
+
+
+def function(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Let a function of the user's act. It is given the text at the right end of (B, S) ids, pad tokens on its left."""
+    assert setting.function is not None
+    tokens_BS = history.last(history.length)
+    given_BS = np.where(tokens_BS < 0, setting.arguments[0], tokens_BS)
+    found_BV = setting.function(given_BS, scores_BV)
+    check_returned(found_BV, scores_BV, setting)
+    return found_BV.astype(scores_BV.dtype)
+
+
+def check_returned(found_BV: Any, scores_BV: Any, setting: Setting) -> None:
+    """Whether a function of the user's returned scores.
+
+    Raises:
+        GenerationError: naming what it returned, for anything but an array of the scores' class and shape.
+    """
+    returned = f"shape {tuple(found_BV.shape)}" if hasattr(found_BV, "shape") else type(found_BV).__name__
+    shape = tuple(scores_BV.shape)
+    if returned != f"shape {shape}":
+        name = getattr(setting.function, "__name__", type(setting.function).__name__)
+        raise GenerationError(
+            f"logits_processor[{setting.size}] ({name}) returned {returned}, expected scores of shape {shape}: one for "
+            "each row and token, as it was given them."
+        )
 
 
 def temperature(scores_BV: Array, history: History, setting: Setting) -> Array:
@@ -381,6 +447,25 @@ def eta_cutoff(scores_BV: Array, history: History, setting: Setting) -> Array:
     return rule_out(removed_BV, scores_BV)
 
 
+def lefthash(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Favour tokens that are green after the context."""
+    return favour(watermark.lefthash, scores_BV, history, setting)
+
+
+def selfhash(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Favour tokens that are green together with the context."""
+    return favour(watermark.selfhash, scores_BV, history, setting)
+
+
+def favour(rule: Callable[..., Array], scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Add a bias to the tokens that are green, where the context is whole."""
+    secret, threshold, bias = setting.arguments
+    context_BW = history.last(setting.size)
+    hashes_BV = rule(context_BW.clip(0), np.arange(scores_BV.shape[1])[None], secret)
+    green_BV = (hashes_BV < threshold) & (context_BW >= 0).all(1, keepdims=True)
+    return scores_BV + np.where(green_BV, bias, 0)
+
+
 def renormalize(scores_BV: Array, history: History, setting: Setting) -> Array:
     """Make scores log-probabilities."""
     del history, setting
@@ -394,6 +479,7 @@ PROCESSORS = {
     "suppress": suppress,
     "force": force,
     "exponential_decay": exponential_decay,
+    "function": function,
     "temperature": temperature,
     "top_k": top_k,
     "top_p": top_p,
@@ -401,6 +487,8 @@ PROCESSORS = {
     "typical_p": typical_p,
     "epsilon_cutoff": epsilon_cutoff,
     "eta_cutoff": eta_cutoff,
+    "lefthash": lefthash,
+    "selfhash": selfhash,
     "renormalize": renormalize,
 }
 

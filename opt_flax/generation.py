@@ -1,6 +1,7 @@
 """Text generation in JAX: the decoder that `opt_common.generation` drives."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: "FlaxOPTForCausalLM", input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+    model: "FlaxOPTForCausalLM",
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    logits_processor: Sequence[Callable[[Array, Array], Array]] = (),
+    **settings: Any,
 ) -> Array:
     """Continue each prompt, by default with its likeliest tokens.
 
@@ -28,6 +33,8 @@ def generate(
         model: the language model; dropout is off whatever mode it is in.
         input_ids: (B, T) integers.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
+        logits_processor: functions of (input_ids (B, S), scores (B, V)) that return new scores, as arrays of the
+            framework; see `docs/generation.md`.
         settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
             of `model.generation_config`.
 
@@ -42,7 +49,7 @@ def generate(
     """
     options = model.generation_config.updated(**settings)
     host_mask = None if attention_mask is None else np.asarray(attention_mask)
-    prompt = read_prompt(model.config, options, np.asarray(input_ids), host_mask)
+    prompt = read_prompt(model.config, options, np.asarray(input_ids), host_mask, functions=logits_processor)
     training = model.training
     model.eval()
     try:

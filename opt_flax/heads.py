@@ -22,7 +22,8 @@ from opt_common.outputs import OPTQuestionAnsweringOutput, OPTSequenceClassifier
 from opt_common.reference import IGNORED_LABEL
 from opt_flax.cache import KVCache
 from opt_flax.checkpoint import Pretrained
-from opt_flax.modeling import Builder, FlaxOPTModel, check
+from opt_flax.layers import Builder
+from opt_flax.modeling import FlaxOPTModel, check
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTSequenceClassifierOutput)

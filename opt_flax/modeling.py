@@ -12,7 +12,6 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,8 +22,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
-from opt_common.errors import InputError
+from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
@@ -34,17 +32,7 @@ from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attentio
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTModelOutput)
@@ -59,7 +47,7 @@ def positions(attention_mask_BS: Array) -> Array:
 class FlaxOPTAttention(nnx.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         D = config.hidden_size
         self.config = config
         self.attn_implementation = attn_implementation
@@ -115,7 +103,7 @@ class FlaxOPTAttention(nnx.Module):
 class FlaxOPTDecoderLayer(nnx.Module):
     """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         D, F = config.hidden_size, config.ffn_dim
         affine = config.layer_norm_elementwise_affine
         self.config = config
@@ -159,7 +147,7 @@ class FlaxOPTDecoderLayer(nnx.Module):
 class FlaxOPTDecoder(nnx.Module):
     """Embeddings, layers, final norm. Takes its inputs as they are; `FlaxOPTModel` checks them."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
         self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
@@ -442,68 +430,6 @@ def causal_lm_loss(logits_BTV: Array, labels_BT: Array) -> Array:
     log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     picked_BT = jnp.take_along_axis(log_probs_BTV, jnp.where(counted_BT, labels_BT, 0)[..., None], axis=-1)[..., 0]
     return -jnp.where(counted_BT, picked_BT, 0).sum() / counted_BT.sum()
-
-
-class Builder:
-    """Makes the layers of one model: same dtypes, same initial weights, same source of random numbers.
-
-    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
-    """
-
-    def __init__(self, config: OPTConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.dtype = jnp.dtype(dtype)
-        self.param_dtype = jnp.dtype(param_dtype)
-        if "float64" in (self.dtype.name, self.param_dtype.name) and not jax.config.read("jax_enable_x64"):
-            raise InputError(
-                "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
-            )
-        self.rngs = rngs
-        self.normal = nnx.initializers.normal(config.init_std)
-
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nnx.Linear:
-        """A linear layer."""
-        return nnx.Linear(
-            in_features,
-            out_features,
-            use_bias=use_bias,
-            kernel_init=self.normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nnx.Embed:
-        """A table of embeddings; row `pad` starts as zeros."""
-
-        def embedding_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-            table = self.normal(key, shape, dtype)
-            return table if pad is None else table.at[pad].set(0)
-
-        return nnx.Embed(
-            rows,
-            features,
-            embedding_init=embedding_init,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def layer_norm(self, features: int, *, affine: bool) -> nnx.LayerNorm:
-        """A layer norm, with the variance computed in the way that does not cancel."""
-        return nnx.LayerNorm(
-            features,
-            epsilon=LAYER_NORM_EPS,
-            use_bias=affine,
-            use_scale=affine,
-            use_fast_variance=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-    def dropout(self, rate: float) -> nnx.Dropout:
-        """A dropout layer."""
-        return nnx.Dropout(rate, rngs=self.rngs)
 
 
 def check(

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from opt_common.processors import Program, Setting
+from opt_common.processors import Program, Setting, check_returned
+from opt_common.watermark import INCREMENT, MASK, MULTIPLIER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,12 +37,13 @@ def process(
     scores_BV: Array, history: History, program: Program, arguments: Sequence[tuple[Array, ...]], gates_P: Array
 ) -> Array:
     """Let each processor act in its turn."""
-    for place, (name, size) in enumerate(program):
+    for place, (name, size, function) in enumerate(program):
         numbers = tuple(
             value.astype(scores_BV.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
             for value in arguments[place]
         )
-        setting = Setting(size=size, arguments=numbers, gate=gates_P[place].astype(scores_BV.dtype))
+        gate = gates_P[place].astype(scores_BV.dtype)
+        setting = Setting(size=size, function=function, arguments=numbers, gate=gate)
         scores_BV = PROCESSORS[name](scores_BV, history, setting)
     return scores_BV
 
@@ -93,6 +96,16 @@ def exponential_decay(scores_BV: Array, history: History, setting: Setting) -> A
     raised_BV = members(setting, scores_BV) & (scores_BV > -jnp.inf)
     magnitudes_BV = jnp.where(raised_BV, jnp.abs(scores_BV), 0)
     return scores_BV + magnitudes_BV * (setting.gate - 1)
+
+
+def function(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Let a function of the user's act. It is given the text at the right end of (B, S) ids, pad tokens on its left."""
+    assert setting.function is not None
+    tokens_BS = history.last(history.tokens_BS.shape[1])
+    given_BS = jnp.where(tokens_BS < 0, setting.arguments[0], tokens_BS)
+    found_BV = setting.function(given_BS, scores_BV)
+    check_returned(found_BV, scores_BV, setting)
+    return found_BV.astype(scores_BV.dtype)
 
 
 def temperature(scores_BV: Array, history: History, setting: Setting) -> Array:
@@ -166,6 +179,45 @@ def eta_cutoff(scores_BV: Array, history: History, setting: Setting) -> Array:
     return rule_out(removed_BV, scores_BV)
 
 
+def lefthash(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Favour tokens that are green after the context."""
+    context_BW = history.last(setting.size)
+    seed_B1 = setting.arguments[0].astype(jnp.uint32)
+    for place in range(setting.size):
+        token_B1 = context_BW[:, place : place + 1].clip(0).astype(jnp.uint32)
+        seed_B1 = mixed(seed_B1 ^ token_B1)
+    own_V = mixed(jnp.arange(scores_BV.shape[1], dtype=jnp.uint32))
+    return favour(mixed(seed_B1 ^ own_V), scores_BV, context_BW, setting)
+
+
+def selfhash(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Favour tokens that are green together with the context."""
+    context_BW = history.last(setting.size)
+    secret = setting.arguments[0].astype(jnp.uint32)
+    own_V = mixed(jnp.arange(scores_BV.shape[1], dtype=jnp.uint32))
+    least_BV = jnp.full_like(own_V, np.uint32(MASK))
+    for place in range(setting.size):
+        token_B1 = context_BW[:, place : place + 1].clip(0).astype(jnp.uint32)
+        seed_B1 = mixed(secret ^ token_B1)
+        least_BV = jnp.minimum(least_BV, mixed(seed_B1 ^ own_V))
+    return favour(mixed(least_BV), scores_BV, context_BW, setting)
+
+
+def favour(hashes_BV: Array, scores_BV: Array, context_BW: Array, setting: Setting) -> Array:
+    """Add a bias to the tokens that are green, where the context is whole."""
+    _, threshold, bias = setting.arguments
+    green_BV = (hashes_BV < threshold.astype(jnp.uint32)) & (context_BW >= 0).all(1, keepdims=True)
+    return scores_BV + jnp.where(green_BV, bias, 0)
+
+
+def mixed(bits: Array) -> Array:
+    """The hash of 32-bit numbers: without 64 bits, products leave out of themselves what the mask would."""
+    bits = bits + np.uint32(INCREMENT)
+    for _ in range(2):
+        bits = (bits ^ (bits >> 16)) * np.uint32(MULTIPLIER)
+    return bits ^ (bits >> 16)
+
+
 def renormalize(scores_BV: Array, history: History, setting: Setting) -> Array:
     """Make scores log-probabilities."""
     del history, setting
@@ -179,6 +231,7 @@ PROCESSORS = {
     "suppress": suppress,
     "force": force,
     "exponential_decay": exponential_decay,
+    "function": function,
     "temperature": temperature,
     "top_k": top_k,
     "top_p": top_p,
@@ -186,6 +239,8 @@ PROCESSORS = {
     "typical_p": typical_p,
     "epsilon_cutoff": epsilon_cutoff,
     "eta_cutoff": eta_cutoff,
+    "lefthash": lefthash,
+    "selfhash": selfhash,
     "renormalize": renormalize,
 }
 

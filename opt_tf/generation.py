@@ -1,7 +1,7 @@
 """Text generation in TensorFlow: the decoder that `opt_common.generation` drives."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +16,21 @@ if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
 
 
-def generate(model: "TFOPTForCausalLM", input_ids: Any, attention_mask: Any = None, **settings: Any) -> tf.Tensor:
+def generate(
+    model: "TFOPTForCausalLM",
+    input_ids: Any,
+    attention_mask: Any = None,
+    logits_processor: Sequence[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = (),
+    **settings: Any,
+) -> tf.Tensor:
     """Continue each prompt, by default with its likeliest tokens.
 
     Args:
         model: the language model.
         input_ids: (B, T) integers.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
+        logits_processor: functions of (input_ids (B, S), scores (B, V)) that return new scores, as arrays of the
+            framework; see `docs/generation.md`.
         settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
             of `model.generation_config`.
 
@@ -37,7 +45,7 @@ def generate(model: "TFOPTForCausalLM", input_ids: Any, attention_mask: Any = No
     """
     options = model.generation_config.updated(**settings)
     host_mask = None if attention_mask is None else np.asarray(attention_mask)
-    prompt = read_prompt(model.config, options, np.asarray(input_ids), host_mask)
+    prompt = read_prompt(model.config, options, np.asarray(input_ids), host_mask, functions=logits_processor)
     decoder = Decoder(model, prompt)
     new_ids = list(decode(decoder, prompt, options))
     input_ids = tf.repeat(input_ids, options.num_return_sequences, axis=0)

@@ -22,7 +22,8 @@ from opt_common.outputs import OPTQuestionAnsweringOutput, OPTSequenceClassifier
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.cache import KVCache
 from opt_tf.checkpoint import Pretrained
-from opt_tf.modeling import Builder, TFOPTModel, check_call
+from opt_tf.layers import Builder
+from opt_tf.modeling import TFOPTModel, check_call
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")

@@ -17,15 +17,14 @@ S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_d
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false
 
 import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
+from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
@@ -36,6 +35,7 @@ from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -44,18 +44,6 @@ if keras.backend.backend() != "tensorflow":
         f"opt_tf needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()}. "
         "Set the environment variable KERAS_BACKEND=tensorflow before Python starts, or use opt_flax or opt_torch."
     )
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-    "relu": tf.nn.relu,
-    # tf.nn.gelu rounds its constants to float32, whatever the dtype of x.
-    "gelu": lambda x: 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5)),
-    "gelu_new": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
-    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
-    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
-    "silu": tf.nn.silu,
-    "swish": tf.nn.silu,
-    "tanh": tf.tanh,
-}
 
 
 def positions(attention_mask_BS: tf.Tensor) -> tf.Tensor:
@@ -66,7 +54,7 @@ def positions(attention_mask_BS: tf.Tensor) -> tf.Tensor:
 class TFOPTAttention(keras.layers.Layer):
     """Multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, build: Builder) -> None:
         super().__init__(dtype=build.dtype, name="self_attn")
         D = config.hidden_size
         self.config = config
@@ -125,7 +113,7 @@ class TFOPTAttention(keras.layers.Layer):
 class TFOPTDecoderLayer(keras.layers.Layer):
     """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
 
-    def __init__(self, config: OPTConfig, build: "Builder", *, name: str) -> None:
+    def __init__(self, config: OPTConfig, build: Builder, *, name: str) -> None:
         super().__init__(dtype=build.dtype, name=name)
         D, F = config.hidden_size, config.ffn_dim
         affine = config.layer_norm_elementwise_affine
@@ -177,7 +165,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
 class TFOPTDecoder(keras.layers.Layer):
     """Embeddings, layers, final norm. Takes its inputs as they are; `TFOPTModel` checks them."""
 
-    def __init__(self, config: OPTConfig, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, build: Builder) -> None:
         super().__init__(dtype=build.dtype, name="decoder")
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
@@ -529,70 +517,6 @@ def causal_lm_loss(logits_BTV: tf.Tensor, labels_BT: tf.Tensor) -> tf.Tensor:
     losses_BT = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(counted_BT, labels_BT, 0), logits_BTV)
     zero = tf.zeros((), at_least_float32)
     return tf.reduce_sum(tf.where(counted_BT, losses_BT, zero)) / tf.reduce_sum(tf.cast(counted_BT, at_least_float32))
-
-
-class Linear(keras.layers.Dense):
-    """A `Dense` layer that knows its input's width, so that it can be built before it is called."""
-
-    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
-        super().__init__(out_features, **options)
-        self.in_features = in_features
-
-    def build(self, input_shape: Any = None) -> None:
-        """Make the weights; no shape is needed."""
-        super().build((None, self.in_features))
-
-
-class LayerNorm(keras.layers.LayerNormalization):
-    """A `LayerNormalization` that knows its input's width, so that it can be built before it is called."""
-
-    def __init__(self, features: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.features = features
-
-    def build(self, input_shape: Any = None) -> None:
-        """Make the weights; no shape is needed."""
-        super().build((None, self.features))
-
-
-class Builder:
-    """Makes the layers of one model: same dtype policy, same initial weights.
-
-    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
-    """
-
-    def __init__(self, config: OPTConfig, dtype: Any, new_weights: bool) -> None:
-        self.dtype = dtype
-        self.std = config.init_std if new_weights else 0.0
-
-    def normal(self) -> keras.initializers.Initializer:
-        """A new initialiser: one that is used twice gives the same numbers twice."""
-        return keras.initializers.RandomNormal(stddev=self.std) if self.std else keras.initializers.Zeros()
-
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool, name: str) -> Linear:
-        """A linear layer."""
-        return Linear(
-            in_features, out_features, use_bias=use_bias, kernel_initializer=self.normal(), dtype=self.dtype, name=name
-        )
-
-    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> keras.layers.Embedding:
-        """A table of embeddings; row `pad` starts as zeros."""
-        normal = self.normal()
-
-        def initialise(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
-            table = normal(shape, dtype)
-            is_pad_VE = (tf.range(rows) == (-1 if pad is None else pad))[:, None]
-            return tf.where(is_pad_VE, tf.zeros_like(table), table)
-
-        return keras.layers.Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
-
-    def layer_norm(self, features: int, *, affine: bool, name: str) -> LayerNorm:
-        """A layer norm."""
-        return LayerNorm(features, epsilon=LAYER_NORM_EPS, center=affine, scale=affine, dtype=self.dtype, name=name)
-
-    def dropout(self, rate: float) -> keras.layers.Dropout:
-        """A dropout layer."""
-        return keras.layers.Dropout(rate, dtype=self.dtype)
 
 
 def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

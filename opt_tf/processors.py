@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from opt_common.processors import Program, Setting
+from opt_common.processors import Program, Setting, check_returned
+from opt_common.watermark import INCREMENT, MASK, MULTIPLIER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,11 +42,12 @@ def process(
     gates_P: tf.Tensor,
 ) -> tf.Tensor:
     """Let each processor act in its turn."""
-    for place, (name, size) in enumerate(program):
+    for place, (name, size, function) in enumerate(program):
         numbers = tuple(
             tf.cast(value, scores_BV.dtype) if value.dtype.is_floating else value for value in arguments[place]
         )
-        setting = Setting(size=size, arguments=numbers, gate=tf.cast(gates_P[place], scores_BV.dtype))
+        gate = tf.cast(gates_P[place], scores_BV.dtype)
+        setting = Setting(size=size, function=function, arguments=numbers, gate=gate)
         scores_BV = PROCESSORS[name](scores_BV, history, setting)
     return scores_BV
 
@@ -100,6 +102,16 @@ def exponential_decay(scores_BV: tf.Tensor, history: History, setting: Setting) 
     raised_BV = members(setting, scores_BV) & (scores_BV > -np.inf)
     magnitudes_BV = tf.where(raised_BV, tf.abs(scores_BV), tf.zeros_like(scores_BV))
     return scores_BV + magnitudes_BV * (setting.gate - 1)
+
+
+def function(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
+    """Let a function of the user's act. It is given the text at the right end of (B, S) ids, pad tokens on its left."""
+    assert setting.function is not None
+    tokens_BS = history.last(history.tokens_BS.shape[1])  # pyright: ignore[reportArgumentType]
+    given_BS = tf.where(tokens_BS < 0, setting.arguments[0], tokens_BS)
+    found_BV = setting.function(given_BS, scores_BV)
+    check_returned(found_BV, scores_BV, setting)
+    return tf.cast(found_BV, scores_BV.dtype)
 
 
 def temperature(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
@@ -173,6 +185,46 @@ def eta_cutoff(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.T
     return rule_out(removed_BV, scores_BV)
 
 
+def lefthash(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
+    """Favour tokens that are green after the context."""
+    context_BW = history.last(setting.size)
+    seed_B1 = tf.cast(setting.arguments[0], tf.int64)
+    for place in range(setting.size):
+        token_B1 = tf.cast(tf.maximum(context_BW[:, place : place + 1], 0), tf.int64)
+        seed_B1 = mixed(tf.bitwise.bitwise_xor(seed_B1, token_B1))
+    own_V = mixed(tf.range(vocab_size(scores_BV), dtype=tf.int64))
+    return favour(mixed(tf.bitwise.bitwise_xor(seed_B1, own_V)), scores_BV, context_BW, setting)
+
+
+def selfhash(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
+    """Favour tokens that are green together with the context."""
+    context_BW = history.last(setting.size)
+    secret = tf.cast(setting.arguments[0], tf.int64)
+    own_V = mixed(tf.range(vocab_size(scores_BV), dtype=tf.int64))
+    least_BV = tf.fill(own_V.shape, tf.constant(MASK, tf.int64))
+    for place in range(setting.size):
+        token_B1 = tf.cast(tf.maximum(context_BW[:, place : place + 1], 0), tf.int64)
+        seed_B1 = mixed(tf.bitwise.bitwise_xor(secret, token_B1))
+        least_BV = tf.minimum(least_BV, mixed(tf.bitwise.bitwise_xor(seed_B1, own_V)))
+    return favour(mixed(least_BV), scores_BV, context_BW, setting)
+
+
+def favour(hashes_BV: tf.Tensor, scores_BV: tf.Tensor, context_BW: tf.Tensor, setting: Setting) -> tf.Tensor:
+    """Add a bias to the tokens that are green, where the context is whole."""
+    _, threshold, bias = setting.arguments
+    green_BV = (hashes_BV < tf.cast(threshold, tf.int64)) & tf.reduce_all(context_BW >= 0, axis=1, keepdims=True)
+    return scores_BV + tf.where(green_BV, bias, tf.zeros_like(bias))
+
+
+def mixed(bits: tf.Tensor) -> tf.Tensor:
+    """The hash of 32-bit numbers, held in 64 bits."""
+    bits = tf.bitwise.bitwise_and(bits + INCREMENT, MASK)
+    for _ in range(2):
+        bits = tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, 16))
+        bits = tf.bitwise.bitwise_and(bits * MULTIPLIER, MASK)
+    return tf.bitwise.bitwise_xor(bits, tf.bitwise.right_shift(bits, 16))
+
+
 def renormalize(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
     """Make scores log-probabilities."""
     del history, setting
@@ -186,6 +238,7 @@ PROCESSORS = {
     "suppress": suppress,
     "force": force,
     "exponential_decay": exponential_decay,
+    "function": function,
     "temperature": temperature,
     "top_k": top_k,
     "top_p": top_p,
@@ -193,6 +246,8 @@ PROCESSORS = {
     "typical_p": typical_p,
     "epsilon_cutoff": epsilon_cutoff,
     "eta_cutoff": eta_cutoff,
+    "lefthash": lefthash,
+    "selfhash": selfhash,
     "renormalize": renormalize,
 }
 

@@ -1,5 +1,6 @@
 """Text generation in PyTorch: the decoder that `opt_common.generation` drives."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()  # not inference_mode: what comes out of that can go into no call that tracks gradients
 def generate(
-    model: "OPTForCausalLM", input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    model: "OPTForCausalLM",
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    **settings: Any,
 ) -> Tensor:
     """Continue each prompt, by default with its likeliest tokens.
 
@@ -25,6 +30,8 @@ def generate(
         model: the language model; dropout is off whatever mode it is in.
         input_ids: (B, T) integers.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
+        logits_processor: functions of (input_ids (B, S), scores (B, V)) that return new scores, as arrays of the
+            framework; see `docs/generation.md`.
         settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
             of `model.generation_config`.
 
@@ -39,7 +46,7 @@ def generate(
     """
     options = model.generation_config.updated(**settings)
     host_mask = None if attention_mask is None else attention_mask.cpu().numpy()
-    prompt = read_prompt(model.config, options, input_ids.cpu().numpy(), host_mask)
+    prompt = read_prompt(model.config, options, input_ids.cpu().numpy(), host_mask, functions=logits_processor)
     training = model.training
     model.eval()
     try:

@@ -20,7 +20,8 @@ from opt_common.outputs import OPTQuestionAnsweringOutput, OPTSequenceClassifier
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
-from opt_torch.modeling import Builder, OPTModel, check
+from opt_torch.layers import Builder
+from opt_torch.modeling import OPTModel, check
 
 
 class OPTForSequenceClassification(Pretrained, nn.Module):

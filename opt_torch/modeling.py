@@ -12,15 +12,13 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opt_common.config import LAYER_NORM_EPS, POSITION_OFFSET, OPTConfig, problem_type_of
+from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
@@ -31,17 +29,7 @@ from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attenti
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
-
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "tanh": torch.tanh,
-}
+from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -52,7 +40,7 @@ def positions(attention_mask_BS: Tensor) -> Tensor:
 class OPTAttention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         D = config.hidden_size
         self.config = config
@@ -108,7 +96,7 @@ class OPTAttention(nn.Module):
 class OPTDecoderLayer(nn.Module):
     """Attention and feed-forward, each added to its input; normed before (pre-norm) or after (post-norm, 350m)."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         D, F = config.hidden_size, config.ffn_dim
         affine = config.layer_norm_elementwise_affine
@@ -153,7 +141,7 @@ class OPTDecoderLayer(nn.Module):
 class OPTDecoder(nn.Module):
     """Embeddings, layers, final norm. Takes its inputs as they are; `OPTModel` checks them."""
 
-    def __init__(self, config: OPTConfig, attn_implementation: str, build: "Builder") -> None:
+    def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
@@ -421,44 +409,6 @@ def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     logits_BTV = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
     labels_BT = labels_BT[:, 1:].to(logits_BTV.device, torch.long)
     return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL)
-
-
-class Builder:
-    """Makes the layers of one model: same dtype, same device, same initial weights.
-
-    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
-    """
-
-    def __init__(self, config: OPTConfig, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
-        self.dtype = dtype
-        self.device = device
-        self.normal = functools.partial(nn.init.normal_, std=config.init_std)
-
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nn.Linear:
-        """A linear layer."""
-        layer = nn.Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)
-        self.normal(layer.weight)
-        if use_bias:
-            nn.init.zeros_(layer.bias)
-        return layer
-
-    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nn.Embedding:
-        """A table of embeddings; row `pad` starts as zeros and gets no gradient from look-ups."""
-        layer = nn.Embedding(rows, features, padding_idx=pad, device=self.device, dtype=self.dtype)
-        self.normal(layer.weight)
-        if pad is not None:
-            nn.init.zeros_(layer.weight[pad])
-        return layer
-
-    def layer_norm(self, features: int, *, affine: bool) -> nn.LayerNorm:
-        """A layer norm."""
-        return nn.LayerNorm(
-            features, eps=LAYER_NORM_EPS, elementwise_affine=affine, device=self.device, dtype=self.dtype
-        )
-
-    def dropout(self, rate: float) -> nn.Dropout:
-        """A dropout layer."""
-        return nn.Dropout(rate)
 
 
 def check(

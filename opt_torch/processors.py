@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opt_common.processors import Program, Setting
+from opt_common.processors import Program, Setting, check_returned
+from opt_common.watermark import INCREMENT, MASK, MULTIPLIER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,9 +35,10 @@ def process(
     scores_BV: Tensor, history: History, program: Program, arguments: Sequence[tuple[Tensor, ...]], gates_P: Tensor
 ) -> Tensor:
     """Let each processor act in its turn."""
-    for place, (name, size) in enumerate(program):
+    for place, (name, size, function) in enumerate(program):
         numbers = tuple(value.to(scores_BV.dtype) if value.is_floating_point() else value for value in arguments[place])
-        setting = Setting(size=size, arguments=numbers, gate=gates_P[place].to(scores_BV.dtype))
+        gate = gates_P[place].to(scores_BV.dtype)
+        setting = Setting(size=size, function=function, arguments=numbers, gate=gate)
         scores_BV = PROCESSORS[name](scores_BV, history, setting)
     return scores_BV
 
@@ -89,6 +91,16 @@ def exponential_decay(scores_BV: Tensor, history: History, setting: Setting) -> 
     raised_BV = members(setting, scores_BV) & (scores_BV > -torch.inf)
     magnitudes_BV = torch.where(raised_BV, scores_BV.abs(), 0)
     return scores_BV + magnitudes_BV * (setting.gate - 1)
+
+
+def function(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
+    """Let a function of the user's act. It is given the text at the right end of (B, S) ids, pad tokens on its left."""
+    assert setting.function is not None
+    tokens_BS = history.last(history.length)
+    given_BS = torch.where(tokens_BS < 0, setting.arguments[0], tokens_BS)
+    found_BV = setting.function(given_BS, scores_BV)
+    check_returned(found_BV, scores_BV, setting)
+    return found_BV.to(scores_BV.dtype)
 
 
 def temperature(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
@@ -162,6 +174,45 @@ def eta_cutoff(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
     return rule_out(removed_BV, scores_BV)
 
 
+def lefthash(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
+    """Favour tokens that are green after the context."""
+    context_BW = history.last(setting.size)
+    seed_B1 = setting.arguments[0].long()
+    for place in range(setting.size):
+        token_B1 = context_BW[:, place : place + 1].clamp(min=0)
+        seed_B1 = mixed(seed_B1 ^ token_B1)
+    own_V = mixed(torch.arange(scores_BV.shape[1], device=scores_BV.device))
+    return favour(mixed(seed_B1 ^ own_V), scores_BV, context_BW, setting)
+
+
+def selfhash(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
+    """Favour tokens that are green together with the context."""
+    context_BW = history.last(setting.size)
+    secret = setting.arguments[0].long()
+    own_V = mixed(torch.arange(scores_BV.shape[1], device=scores_BV.device))
+    least_BV = torch.full_like(own_V, MASK)
+    for place in range(setting.size):
+        token_B1 = context_BW[:, place : place + 1].clamp(min=0)
+        seed_B1 = mixed(secret ^ token_B1)
+        least_BV = torch.minimum(least_BV, mixed(seed_B1 ^ own_V))
+    return favour(mixed(least_BV), scores_BV, context_BW, setting)
+
+
+def favour(hashes_BV: Tensor, scores_BV: Tensor, context_BW: Tensor, setting: Setting) -> Tensor:
+    """Add a bias to the tokens that are green, where the context is whole."""
+    _, threshold, bias = setting.arguments
+    green_BV = (hashes_BV < threshold.long()) & (context_BW >= 0).all(1, keepdim=True)
+    return scores_BV + torch.where(green_BV, bias, 0)
+
+
+def mixed(bits: Tensor) -> Tensor:
+    """The hash of 32-bit numbers, held in 64 bits."""
+    bits = (bits + INCREMENT) & MASK
+    for _ in range(2):
+        bits = ((bits ^ (bits >> 16)) * MULTIPLIER) & MASK
+    return bits ^ (bits >> 16)
+
+
 def renormalize(scores_BV: Tensor, history: History, setting: Setting) -> Tensor:
     """Make scores log-probabilities."""
     del history, setting
@@ -175,6 +226,7 @@ PROCESSORS = {
     "suppress": suppress,
     "force": force,
     "exponential_decay": exponential_decay,
+    "function": function,
     "temperature": temperature,
     "top_k": top_k,
     "top_p": top_p,
@@ -182,6 +234,8 @@ PROCESSORS = {
     "typical_p": typical_p,
     "epsilon_cutoff": epsilon_cutoff,
     "eta_cutoff": eta_cutoff,
+    "lefthash": lefthash,
+    "selfhash": selfhash,
     "renormalize": renormalize,
 }
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.params import Head, Parameter, Scheme, parameter_table
+from opt_common.processors import program
 
 BACKENDS = tuple(name for name in os.environ.get("OPT_TEST_BACKENDS", "torch,tf,flax").split(",") if name)
 """The frameworks under test. One that is named and not installed makes its tests fail."""
@@ -168,10 +169,11 @@ class Adapter:
             attended_BS=self.tensor(attended),
             length=tokens.shape[1],
         )
-        program = tuple((processor.name, processor.size) for processor in found)
         arguments = [tuple(map(self.tensor, processor.arguments)) for processor in found]
         with self.precision(str(scores.dtype)):
-            return self.array(module.process(self.tensor(scores), history, program, arguments, self.tensor(gates)))
+            return self.array(
+                module.process(self.tensor(scores), history, program(found), arguments, self.tensor(gates))
+            )
 
     def choose(self, scores: np.ndarray, uniforms: np.ndarray | None) -> np.ndarray:
         """The tokens chosen by processed scores."""
@@ -202,6 +204,10 @@ class Adapter:
     def tensor(self, value: Any) -> Any:
         """NumPy to the framework; anything else stays as it is."""
         raise NotImplementedError
+
+    def floats(self, value: Any) -> Any:
+        """A framework's array in float32."""
+        return value.astype("float32")
 
     def array(self, value: Any) -> np.ndarray:
         """The framework to NumPy."""
@@ -273,6 +279,9 @@ class TorchAdapter(Adapter):
     def tensor(self, value: Any) -> Any:
         return self.torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
+    def floats(self, value: Any) -> Any:
+        return value.float()
+
     def array(self, value: Any) -> np.ndarray:
         value = value.detach()
         return value.float().numpy() if value.dtype == self.torch.bfloat16 else widened(value.numpy())
@@ -327,6 +336,9 @@ class TFAdapter(Adapter):
 
     def tensor(self, value: Any) -> Any:
         return self.tf.constant(value) if isinstance(value, np.ndarray) else value
+
+    def floats(self, value: Any) -> Any:
+        return self.tf.cast(value, "float32")
 
     def array(self, value: Any) -> np.ndarray:
         return widened(value.numpy())

@@ -19,7 +19,7 @@ from conversion import tensors as tensors_module
 from conversion.canonical import DROPS, HEAD, drop_reason, to_canonical, to_native
 from conversion.dtypes import parse_dtype
 from conversion.formats import hdf5_file, msgpack_file, torch_file
-from conversion.save import make_plan, parse_size
+from conversion.plan import make_plan, parse_size
 from conversion.tensors import TensorInfo, TensorSpec, pieces
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError

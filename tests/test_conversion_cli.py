@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conversion import cli, convert, open_checkpoint, plan_conversion, save
+from conversion import cli, convert, open_checkpoint, plan_conversion, target
 from conversion.formats import safetensors_file
 from tests.paths import GOLDENS
 
@@ -185,7 +185,7 @@ def test_the_plan_is_never_less_than_the_files(tmp_path: Path, to: str):
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(save, "free_bytes", lambda _: 100_000)
+    monkeypatch.setattr(target, "free_bytes", lambda _: 100_000)
     monkeypatch.setattr(convert_module, "free_bytes", lambda _: 100_000)
     for extra in ([], ["--dry-run"]):
         code, out, err = run(capsys, "convert", MODEL, str(tmp_path / "new"), "--to", "torch", *extra)

@@ -1,0 +1,85 @@
+"""The pieces that the Flax model is made of: its activation functions, and its layers with their initial weights."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from opt_common.config import LAYER_NORM_EPS, OPTConfig
+from opt_common.errors import InputError
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class Builder:
+    """Makes the layers of one model: same dtypes, same initial weights, same source of random numbers.
+
+    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
+    """
+
+    def __init__(self, config: OPTConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        if "float64" in (self.dtype.name, self.param_dtype.name) and not jax.config.read("jax_enable_x64"):
+            raise InputError(
+                "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
+            )
+        self.rngs = rngs
+        self.normal = nnx.initializers.normal(config.init_std)
+
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nnx.Linear:
+        """A linear layer."""
+        return nnx.Linear(
+            in_features,
+            out_features,
+            use_bias=use_bias,
+            kernel_init=self.normal,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nnx.Embed:
+        """A table of embeddings; row `pad` starts as zeros."""
+
+        def embedding_init(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+            table = self.normal(key, shape, dtype)
+            return table if pad is None else table.at[pad].set(0)
+
+        return nnx.Embed(
+            rows,
+            features,
+            embedding_init=embedding_init,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def layer_norm(self, features: int, *, affine: bool) -> nnx.LayerNorm:
+        """A layer norm, with the variance computed in the way that does not cancel."""
+        return nnx.LayerNorm(
+            features,
+            epsilon=LAYER_NORM_EPS,
+            use_bias=affine,
+            use_scale=affine,
+            use_fast_variance=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def dropout(self, rate: float) -> nnx.Dropout:
+        """A dropout layer."""
+        return nnx.Dropout(rate, rngs=self.rngs)

@@ -1,0 +1,89 @@
+"""The pieces that the Keras model is made of: its activation functions, and its layers with their initial weights."""
+
+# Keras' annotations know no initialiser but a name.
+# pyright: reportArgumentType=false
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from opt_common.config import LAYER_NORM_EPS, OPTConfig
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "relu": tf.nn.relu,
+    # tf.nn.gelu rounds its constants to float32, whatever the dtype of x.
+    "gelu": lambda x: 0.5 * x * (1.0 + tf.math.erf(x * 0.5**0.5)),
+    "gelu_new": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "gelu_pytorch_tanh": lambda x: 0.5 * x * (1.0 + tf.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+class Linear(keras.layers.Dense):
+    """A `Dense` layer that knows its input's width, so that it can be built before it is called."""
+
+    def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
+        super().__init__(out_features, **options)
+        self.in_features = in_features
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        super().build((None, self.in_features))
+
+
+class LayerNorm(keras.layers.LayerNormalization):
+    """A `LayerNormalization` that knows its input's width, so that it can be built before it is called."""
+
+    def __init__(self, features: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.features = features
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights; no shape is needed."""
+        super().build((None, self.features))
+
+
+class Builder:
+    """Makes the layers of one model: same dtype policy, same initial weights.
+
+    New weights are normal with deviation `init_std`; biases and the pad row zero; layer norms the identity.
+    """
+
+    def __init__(self, config: OPTConfig, dtype: Any, new_weights: bool) -> None:
+        self.dtype = dtype
+        self.std = config.init_std if new_weights else 0.0
+
+    def normal(self) -> keras.initializers.Initializer:
+        """A new initialiser: one that is used twice gives the same numbers twice."""
+        return keras.initializers.RandomNormal(stddev=self.std) if self.std else keras.initializers.Zeros()
+
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool, name: str) -> Linear:
+        """A linear layer."""
+        return Linear(
+            in_features, out_features, use_bias=use_bias, kernel_initializer=self.normal(), dtype=self.dtype, name=name
+        )
+
+    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> keras.layers.Embedding:
+        """A table of embeddings; row `pad` starts as zeros."""
+        normal = self.normal()
+
+        def initialise(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+            table = normal(shape, dtype)
+            is_pad_VE = (tf.range(rows) == (-1 if pad is None else pad))[:, None]
+            return tf.where(is_pad_VE, tf.zeros_like(table), table)
+
+        return keras.layers.Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
+
+    def layer_norm(self, features: int, *, affine: bool, name: str) -> LayerNorm:
+        """A layer norm."""
+        return LayerNorm(features, epsilon=LAYER_NORM_EPS, center=affine, scale=affine, dtype=self.dtype, name=name)
+
+    def dropout(self, rate: float) -> keras.layers.Dropout:
+        """A dropout layer."""
+        return keras.layers.Dropout(rate, dtype=self.dtype)
