@@ -159,6 +159,10 @@ class Adapter:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
 
+    def compilations(self) -> int:
+        """How many programs generation's steps have been compiled into so far."""
+        return 0
+
     def process(
         self, found: Any, tokens: np.ndarray, attended: np.ndarray, scores: np.ndarray, gates: np.ndarray
     ) -> np.ndarray:
@@ -324,6 +328,10 @@ class TFAdapter(Adapter):
         finally:
             self.tf.config.run_functions_eagerly(False)
 
+    def compilations(self) -> int:
+        module = importlib.import_module("opt_tf.generation")
+        return sum(step.experimental_get_tracing_count() for step in module._STEPS.values())
+
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
@@ -378,6 +386,10 @@ class FlaxAdapter(Adapter):
 
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         return self.jax.disable_jit()
+
+    def compilations(self) -> int:
+        steps = vars(importlib.import_module("opt_flax.generation")).values()
+        return sum(step._cache_size() for step in steps if hasattr(step, "_cache_size"))
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.precision(str(value.dtype)):
