@@ -12,6 +12,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
+from opt_common.strategies import strategy_of, useless_settings
 from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
@@ -68,6 +69,12 @@ class GenerationConfig:
         renormalize_logits: make scores log-probabilities again after all else.
         watermarking_config: a `WatermarkingConfig`, or a dict of its fields, that marks the text.
 
+    What comes back:
+
+        return_dict_in_generate: a `GenerateOutput` with each new token's log-probability, not the ids alone.
+        output_scores: (return_dict_in_generate) every step's scores of the whole vocabulary, after all of the above.
+        output_logits: (return_dict_in_generate) likewise, as the model gave them.
+
         use_cache: False computes every step from the whole text, which is slow and gives the same tokens.
         extra: every other key of the file that was read; written back as it came.
 
@@ -104,6 +111,9 @@ class GenerationConfig:
     begin_suppress_tokens: tuple[int, ...] = ()
     exponential_decay_length_penalty: tuple[int, float] | None = None
     renormalize_logits: bool = False
+    return_dict_in_generate: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
     watermarking_config: WatermarkingConfig | None = None
     use_cache: bool = True
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
@@ -126,6 +136,11 @@ class GenerationConfig:
             )
         if problems:
             raise GenerationError(join_problems(problems))
+
+    @property
+    def strategy(self) -> str:
+        """The name of the one strategy that these settings ask for; see `opt_common.strategies`."""
+        return strategy_of(self)
 
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
@@ -184,14 +199,8 @@ class GenerationConfig:
             raise GenerationError(f"generate() has no setting {', '.join(sorted(unknown))}; it has {known}.")
         given = {name: value for name, value in settings.items() if value is not None}
         changed = dataclasses.replace(self, **given)
-        useless = [name for name in SAMPLING_SETTINGS if name in given] if not changed.do_sample else []
-        if "num_return_sequences" in useless and changed.num_return_sequences == 1:
-            useless.remove("num_return_sequences")
-        if useless:
-            raise GenerationError(
-                f"{', '.join(useless)} would change nothing: the likeliest token is taken, none is drawn. "
-                "Pass do_sample=True, or leave it out."
-            )
+        if problems := useless_settings(given, changed):
+            raise GenerationError(join_problems(problems))
         return changed
 
 
@@ -309,15 +318,12 @@ _RULES = {
     "begin_suppress_tokens": _ID_LIST,
     "exponential_decay_length_penalty": _Rule("(start, factor): an integer from 0 on and a number above 0", _decay),
     "renormalize_logits": _FLAG,
+    "return_dict_in_generate": _FLAG,
+    "output_scores": _FLAG,
+    "output_logits": _FLAG,
     "watermarking_config": _Rule("a WatermarkingConfig, a dict of its fields or None", WatermarkingConfig.read),
     "use_cache": _FLAG,
 }
-
-SAMPLING_SETTINGS = (
-    *("seed", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "typical_p"),
-    *("epsilon_cutoff", "eta_cutoff"),
-)
-"""Settings that only sampling has a use for."""
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(GenerationConfig)) - {"extra"}
 _DEFAULTS = GenerationConfig()

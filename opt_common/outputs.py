@@ -103,3 +103,25 @@ class OPTCausalLMOutput(ModelOutput):
     past_key_values: Any = None
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class GenerateOutput(ModelOutput):
+    """Result of `generate(..., return_dict_in_generate=True)`. R rows: each prompt's continuations follow each other.
+
+    Attributes:
+        sequences: (R, T + new) ids: the prompts as they were given, then the new tokens.
+        token_logprobs: (R, new) log-probability of each new token where it was chosen, after all processors; 0 for
+            padding. With beams, what each token adds to the sum that beams are ranked by.
+        sequences_scores: (R,) with beams: that sum over the number of new tokens to the power of `length_penalty`.
+        beam_indices: (R, new) with beams: the row of `scores` that each token was chosen from; -1 for padding.
+        scores: with `output_scores`: an array (rows, V) a step: scores after the processors.
+        logits: with `output_logits`: an array (rows, V) a step: scores before them.
+    """
+
+    sequences: Any
+    token_logprobs: Any = None
+    sequences_scores: Any = None
+    beam_indices: Any = None
+    scores: tuple[Any, ...] | None = None
+    logits: tuple[Any, ...] | None = None

@@ -77,6 +77,15 @@ class KVCache:
         length = self.length + new_tokens
         return dataclasses.replace(self, keys=keys, values=values, length=length)
 
+    def reordered(self, rows_B: Array) -> Self:
+        """A cache whose rows are those of this one that `rows_B` names, (B,) integers, each as often as it is named."""
+        keys, values = (tuple(buffer_BSNH[rows_B] for buffer_BSNH in part) for part in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def cropped(self, length: int | Array) -> Self:
+        """The cache as it was when it held its first `length` tokens."""
+        return dataclasses.replace(self, length=length)
+
 
 def append(buffer_BSNH: Array, new_BTNH: Array, offset: int | Array) -> Array:
     """Write new keys or values at slot `offset`, into a copy unless the compiler may reuse the old buffer."""

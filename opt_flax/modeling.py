@@ -25,7 +25,7 @@ from jax.typing import ArrayLike, DTypeLike
 from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -408,7 +408,9 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
             return self.get_input_embeddings().attend(hidden_BTE)
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any) -> Array:
+    def generate(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+    ) -> Array | GenerateOutput:
         """Continue each prompt; see `opt_flax.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 

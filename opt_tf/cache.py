@@ -77,6 +77,17 @@ class KVCache:
         length = self.length + new_tokens
         return dataclasses.replace(self, keys=keys, values=values, length=length)
 
+    def reordered(self, rows_B: tf.Tensor) -> Self:
+        """A cache whose rows are those of this one that `rows_B` names, (B,) integers, each as often as it is named."""
+        keys, values = (
+            tuple(tf.gather(buffer_BSNH, rows_B) for buffer_BSNH in part) for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def cropped(self, length: int | tf.Tensor) -> Self:
+        """The cache as it was when it held its first `length` tokens."""
+        return dataclasses.replace(self, length=length)
+
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
         return (), (self.keys, self.values, self.length)
 

@@ -28,7 +28,7 @@ from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import MissingFrameworkError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -484,7 +484,9 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Any, attention_mask: Any | None = None, **settings: Any) -> tf.Tensor:
+    def generate(
+        self, input_ids: Any, attention_mask: Any | None = None, **settings: Any
+    ) -> tf.Tensor | GenerateOutput:
         """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 

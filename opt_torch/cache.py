@@ -78,6 +78,17 @@ class KVCache:
         self.written[0] = max(self.written[0], length)
         return dataclasses.replace(self, keys=keys, values=values, length=length)
 
+    def reordered(self, rows_B: Tensor) -> Self:
+        """A cache whose rows are those of this one that `rows_B` names, (B,) integers, each as often as it is named."""
+        keys, values = (
+            tuple(buffer_BSNH.index_select(0, rows_B) for buffer_BSNH in part) for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values, written=[self.length])
+
+    def cropped(self, length: int) -> Self:
+        """The cache as it was when it held its first `length` tokens."""
+        return dataclasses.replace(self, length=length)
+
 
 def append(buffer_BSNH: Tensor, new_BTNH: Tensor, offset: int) -> Tensor:
     """Write new keys or values at slot `offset`: in place, or into a copy where gradients flow through the old ones."""

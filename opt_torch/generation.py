@@ -1,5 +1,6 @@
 """Text generation in PyTorch: the decoder that `opt_common.generation` drives."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opt_common.generation import Choice, Ids, Prompt, decode, read_prompt
+from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt
+from opt_common.generation import read_prompt, run
+from opt_common.generation_config import GenerationConfig
+from opt_common.outputs import GenerateOutput
 from opt_common.processors import program
 from opt_torch.cache import KVCache
-from opt_torch.processors import History, choose, process
+from opt_torch.processors import History
+from opt_torch.selection import Step, select
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -23,7 +28,7 @@ def generate(
     attention_mask: Tensor | None = None,
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
     **settings: Any,
-) -> Tensor:
+) -> Tensor | GenerateOutput:
     """Continue each prompt, by default with its likeliest tokens.
 
     Args:
@@ -37,7 +42,7 @@ def generate(
 
     Returns:
         (B * num_return_sequences, T + new) ids: the prompts as they were given, then the new tokens, finished rows
-        filled with the pad token.
+        filled with the pad token. With `return_dict_in_generate`, a `GenerateOutput`.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
@@ -50,12 +55,21 @@ def generate(
     training = model.training
     model.eval()
     try:
-        decoder = Decoder(model, prompt)
-        new_ids = [torch.from_numpy(tokens_B) for tokens_B in decode(decoder, prompt, options)]
+        generated = run(Decoder(model, prompt), prompt, options)
     finally:
         model.train(training)
+    return results(input_ids, generated, options)
+
+
+def results(input_ids: Tensor, generated: Generated, options: GenerationConfig) -> Tensor | GenerateOutput:
+    """What `generate` returns, in the framework's arrays and on the device of the prompts."""
+
+    def array(value: np.ndarray) -> Tensor:
+        return torch.from_numpy(value).to(input_ids.device)
+
     input_ids = input_ids.repeat_interleave(options.num_return_sequences, dim=0)
-    return torch.cat((input_ids, torch.stack(new_ids, dim=1).to(input_ids)), dim=1)
+    sequences = torch.cat((input_ids, array(generated.new_ids).to(input_ids)), dim=1)
+    return generated.output(sequences, array) if options.return_dict_in_generate else sequences
 
 
 class Decoder:
@@ -72,8 +86,8 @@ class Decoder:
         """An array as the processors take it."""
         return torch.from_numpy(array).to(self.device)
 
-    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Ids:
-        """Read the prompts, padded on the left, and return the next token of each row, (B,)."""
+    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
+        """Read the prompts, padded on the left, and select what follows the last token of each."""
         B, T = input_ids_BT.shape
         self.cache = KVCache.allocate(
             self.model.config,
@@ -84,30 +98,46 @@ class Decoder:
         )
         mask_BS = torch.ones((B, self.cache.capacity), dtype=torch.long)
         mask_BS[:, :T] = torch.from_numpy(attention_mask_BT)
-        mask_BS = mask_BS.to(self.device)
-        self.attended_BS = mask_BS > 0
-        self.tokens_BS = torch.zeros_like(mask_BS)
-        # Without padding there is no mask, and the kernels take their fast causal path.
-        self.mask_BS = None if attention_mask_BT.all() else mask_BS
+        self.mask_BS = mask_BS.to(self.device)
+        self.padded = not attention_mask_BT.all()
+        self.tokens_BS = torch.zeros_like(self.mask_BS)
         return self.step(input_ids_BT, choice)
 
-    def decode_one_token(self, tokens_B: Ids, choice: Choice) -> Ids:
-        """Read one more token of each row and return the next, (B,); -1 where every token is ruled out."""
-        return self.step(tokens_B[:, None], choice)
+    def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
+        """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
+        if choice.rows_B is not None:
+            rows_B = self.on_device(choice.rows_B)
+            self.cache = self.cache.reordered(rows_B)
+            self.mask_BS, self.tokens_BS = self.mask_BS[rows_B], self.tokens_BS[rows_B]
+        return self.step(ids_BT, choice)
 
-    def step(self, ids_BT: Ids, choice: Choice) -> Ids:
-        """Read tokens and choose the next one."""
+    def forget(self, count: int) -> None:
+        """Drop the last `count` tokens of every row, as if they had not been read."""
+        length = self.cache.length - count
+        # Nobody else holds these buffers, so their slots may be written again.
+        self.cache = dataclasses.replace(self.cache.cropped(length), written=[length])
+
+    def step(self, ids_BT: Ids, choice: Choice) -> Arrays:
+        """Read tokens and select what follows the last."""
         ids_device_BT = self.on_device(ids_BT)
+        # Without padding there is no mask, and the kernels take their fast causal path.
+        mask_BS = self.mask_BS if self.padded else None
         outputs = self.model.model.decoder(
-            ids_device_BT, attention_mask=self.mask_BS, past_key_values=self.cache, use_cache=True
+            ids_device_BT, attention_mask=mask_BS, past_key_values=self.cache, use_cache=True
         )
         self.tokens_BS[:, self.cache.length : self.cache.length + ids_BT.shape[1]] = ids_device_BT
         self.cache = outputs.past_key_values
-        logits_BV = self.model.logits(outputs.last_hidden_state[:, -1])
         length = self.cache.length
         slots_S = torch.arange(self.cache.capacity, device=self.device)
-        history = History(tokens_BS=self.tokens_BS, attended_BS=self.attended_BS & (slots_S < length), length=length)
-        scores_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-        scores_BV = process(scores_BV, history, self.program, self.arguments, self.on_device(choice.gates_P))
-        uniforms_B = None if choice.uniforms_B is None else self.on_device(choice.uniforms_B)
-        return choose(scores_BV, uniforms_B).cpu().numpy()
+        attended_BS = (self.mask_BS > 0) & (slots_S < length)
+        history = History(tokens_BS=self.tokens_BS, attended_BS=attended_BS, length=length)
+        logits_BV = self.model.logits(outputs.last_hidden_state[:, -1])
+        step = Step(
+            logits_BV=logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
+            history=history,
+            program=self.program,
+            arguments=self.arguments,
+            gates_P=self.on_device(choice.gates_P),
+        )
+        found = select(step, choice.selection, tuple(map(self.on_device, choice.arguments)))
+        return {name: array.cpu().numpy() for name, array in found.items()}

@@ -22,7 +22,7 @@ from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
 from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
-from opt_common.outputs import OPTCausalLMOutput, OPTModelOutput
+from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
@@ -390,7 +390,9 @@ class OPTForCausalLM(Pretrained, nn.Module):
         """The head: hidden states (…, E) to logits (…, V)."""
         return self.lm_head(hidden_BTE)
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+    ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 

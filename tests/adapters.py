@@ -155,6 +155,28 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
 
+    def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
+        """Continue prompts, and get the whole record, in NumPy."""
+        with self.scope(model):
+            mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
+            record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
+            values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            return type(record)(
+                **{
+                    name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
+                    for name, value in values.items()
+                }
+            )
+
+    def optional_array(self, value: Any) -> np.ndarray | None:
+        """An array of the framework's as NumPy; None stays None."""
+        return None if value is None else self.array(value)
+
+    def decoder(self, model: Any, prompt: Any) -> Any:
+        """The decoder of one run."""
+        with self.scope(model):
+            return importlib.import_module(f"{self.package.__name__}.generation").Decoder(model, prompt)
+
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
@@ -254,6 +276,9 @@ class TorchAdapter(Adapter):
     def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         self.torch.manual_seed(0)
         return self.model_class(bare, head)(config, dtype=self.dtype(dtype)).eval()
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
+        return self.torch.no_grad()  # as generation always runs
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.torch.no_grad():

@@ -21,6 +21,7 @@ FILES = (
     "modeling.py",
     "heads.py",
     "processors.py",
+    "selection.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -162,12 +163,16 @@ SANCTIONED = {
         "vocab_size*": (("tf",), "a static size may be None to a type checker"),
         "def vocab_size": (("tf",), "as above"),
     },
+    "selection.py": {},
     "generation.py": {
-        "generate: *": (BOTH, "PyTorch's mode is switched by hand, and its tokens wrapped one by one"),
+        "generate: *": (("tf",), "Keras passes the mode as an argument"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
+        "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
+        "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),
         "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
         "*_step*": (BOTH, "that function"),
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
+        "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
     },
     "checkpoint.py": {

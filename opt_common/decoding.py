@@ -1,0 +1,242 @@
+"""The frame of every decoding strategy: what one step of a model is told, and what of it comes to the host.
+
+A strategy is a rule on the host, over small arrays: which tokens are read next, by which rows, and what is selected
+from the scores that follow. A backend supplies a `Decoder`: its cache and all vocabulary-sized arithmetic stay on its
+own device, compiled, one program a step.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from opt_common.errors import GenerationError
+from opt_common.generation_config import GenerationConfig
+from opt_common.outputs import GenerateOutput
+from opt_common.processors import Processor
+
+Ids: TypeAlias = npt.NDArray[np.integer[Any]]
+
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""What a selection brings to the host, by name."""
+
+
+class Selection(NamedTuple):
+    """What comes to the host from a step's scores: the part that a compiler must know.
+
+    Attributes:
+        name: a function of the backends' `selection.py`.
+        size: what shapes its result, such as how many continuations it keeps; 0 where nothing does.
+        details: what else is asked for: "logprobs" of the tokens selected, all "scores" after and all "logits" before
+            the processors. The last two are as large as the vocabulary.
+    """
+
+    name: str = "token"
+    size: int = 0
+    details: tuple[str, ...] = ()
+
+
+TOKEN = Selection()
+"""One token a row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """How one step goes on: from which rows, with which processors, to which selection.
+
+    Attributes:
+        gates_P: the number of each processor in this step.
+        selection: what comes to the host.
+        arguments: arrays that the selection is given.
+        rows_B: the rows of the step before that this step's rows continue, in any number, each as often as it is
+            named; None continues each row by itself.
+    """
+
+    gates_P: npt.NDArray[np.float64]
+    selection: Selection = TOKEN
+    arguments: tuple[npt.NDArray[Any], ...] = ()
+    rows_B: Ids | None = None
+
+
+class Decoder(Protocol):
+    """One run of a model over a batch of texts. What a backend supplies."""
+
+    def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
+        """Read the prompts, padded on the left, and select what follows the last token of each."""
+        ...
+
+    def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
+        """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """Drop the last `count` tokens of every row, as if they had not been read."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """Prompts as every decoder takes them: each row's attended tokens, in order, at the right end.
+
+    Moving masked slots to the left changes nothing that is attended to: positions count attended tokens only.
+
+    Attributes:
+        input_ids: (B, T) integers.
+        attention_mask: (B, T): zeros, then ones.
+        new_tokens: how many tokens to append at most.
+        processors: what is done to the scores of each step.
+        uniforms: (B, new_tokens, draws) numbers from [0, 1) that decide what is drawn; None where nothing is.
+    """
+
+    input_ids: Ids
+    attention_mask: Ids
+    new_tokens: int
+    processors: tuple[Processor, ...] = ()
+    uniforms: npt.NDArray[np.float32] | None = None
+
+    def gates(self, step: int) -> npt.NDArray[np.float64]:
+        """The number of each processor when `step` new tokens are there, (P,)."""
+        length = self.input_ids.shape[1] + step
+        return np.array([processor.gate(length) for processor in self.processors], dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Generated:
+    """The new tokens of a run, and what was asked for beside them.
+
+    R rows: the continuations of one prompt follow each other.
+
+    Attributes:
+        new_ids: (R, new) integers, finished rows filled with the pad token.
+        token_logprobs: (R, new) log-probability of each new token where it was chosen, after all processors; 0 for
+            padding.
+        sequences_scores: (R,) what beams are ranked by; None without beams.
+        beam_indices: (R, new) the row, of those in the step, that each token continued; -1 for padding; None without
+            beams.
+        scores: a (rows, V) array a step: scores after the processors.
+        logits: likewise, before them.
+    """
+
+    new_ids: Ids
+    token_logprobs: npt.NDArray[Any] | None = None
+    sequences_scores: npt.NDArray[Any] | None = None
+    beam_indices: Ids | None = None
+    scores: tuple[npt.NDArray[Any], ...] | None = None
+    logits: tuple[npt.NDArray[Any], ...] | None = None
+
+    def output(self, sequences: Any, array: Callable[[npt.NDArray[Any]], Any]) -> GenerateOutput:
+        """The same as users get it.
+
+        Args:
+            sequences: prompts and new tokens, in the framework's array.
+            array: makes such an array.
+        """
+        singles = {name: getattr(self, name) for name in ("token_logprobs", "sequences_scores", "beam_indices")}
+        several = {name: getattr(self, name) for name in ("scores", "logits")}
+        return GenerateOutput(
+            sequences=sequences,
+            **{name: None if value is None else array(value) for name, value in singles.items()},
+            **{name: None if value is None else tuple(map(array, value)) for name, value in several.items()},
+        )
+
+
+class Reader:
+    """A decoder that, without a cache, reads each text anew; with one, the decoder as it is."""
+
+    def __init__(self, decoder: Decoder, prompt: Prompt, *, use_cache: bool) -> None:
+        self.decoder = decoder
+        self.use_cache = use_cache
+        self.ids_BT = prompt.input_ids
+        self.mask_BT = prompt.attention_mask
+
+    def start(self, choice: Choice) -> Arrays:
+        """Read the prompts."""
+        return self.decoder.prefill(self.ids_BT, self.mask_BT, choice)
+
+    def read(self, ids_BT: Ids, choice: Choice) -> Arrays:
+        """Continue the rows that the choice names."""
+        if self.use_cache:
+            return self.decoder.decode(ids_BT, choice)
+        if choice.rows_B is not None:
+            self.ids_BT, self.mask_BT = self.ids_BT[choice.rows_B], self.mask_BT[choice.rows_B]
+        self.ids_BT = np.concatenate([self.ids_BT, ids_BT], axis=1)
+        self.mask_BT = np.concatenate([self.mask_BT, np.ones_like(ids_BT)], axis=1)
+        return self.start(dataclasses.replace(choice, rows_B=None))
+
+    def forget(self, count: int) -> None:
+        """Drop the last `count` tokens of every row."""
+        if self.use_cache:
+            self.decoder.forget(count)
+        else:
+            length = self.ids_BT.shape[1] - count
+            self.ids_BT, self.mask_BT = self.ids_BT[:, :length], self.mask_BT[:, :length]
+
+
+def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) -> Iterator[Arrays]:
+    """Continue each row by itself, token by token: the likeliest, or one drawn by probability.
+
+    A row is finished once it has emitted an id of `eos_token_id`; from then on it emits the pad token. The run stops
+    when every row is finished, or after `prompt.new_tokens` steps.
+
+    Yields:
+        Each step's "tokens", (B,), and its details.
+
+    Raises:
+        GenerationError: where a row that is not finished has no token to go on with.
+    """
+    eos = np.asarray(settings.eos_token_id, dtype=np.int64)
+    finished_B = np.zeros(len(prompt.input_ids), dtype=bool)
+    found: Arrays = {}
+    for step in range(prompt.new_tokens):
+        choice = Choice(
+            gates_P=prompt.gates(step),
+            selection=Selection(details=details_of(settings)),
+            arguments=() if prompt.uniforms is None else (prompt.uniforms[:, step, 0],),
+        )
+        found = reader.read(found["tokens"][:, None], choice) if found else reader.start(choice)
+        check_possible(found["tokens"] < 0, finished_B, step)
+        found = {**found, "tokens": np.where(finished_B, settings.padding, found["tokens"])}
+        if "logprobs" in found:
+            found = {**found, "logprobs": np.where(finished_B, 0, found["logprobs"])}
+        yield found
+        finished_B |= np.isin(found["tokens"], eos)
+        if finished_B.all():
+            return
+
+
+def collect(steps: Iterator[Arrays]) -> Generated:
+    """The results of all steps as one."""
+    found = list(steps)
+
+    def each(name: str) -> tuple[npt.NDArray[Any], ...] | None:
+        return tuple(arrays[name] for arrays in found) if name in found[0] else None
+
+    logprobs = each("logprobs")
+    return Generated(
+        new_ids=np.stack([arrays["tokens"] for arrays in found], axis=1),
+        token_logprobs=None if logprobs is None else np.stack(logprobs, axis=1),
+        scores=each("scores"),
+        logits=each("logits"),
+    )
+
+
+def details_of(settings: GenerationConfig) -> tuple[str, ...]:
+    """What settings ask for beside the tokens."""
+    asked = {
+        "logprobs": settings.return_dict_in_generate,
+        "scores": settings.output_scores,
+        "logits": settings.output_logits,
+    }
+    return tuple(name for name, wanted in asked.items() if wanted)
+
+
+def check_possible(stuck_B: npt.NDArray[np.bool_], finished_B: npt.NDArray[np.bool_], step: int) -> None:
+    """Raise GenerationError where a row that is not finished has no token to go on with."""
+    if rows := np.flatnonzero(stuck_B & ~finished_B).tolist():
+        raise GenerationError(
+            f"Row {rows[0]} cannot go on after {step} new tokens: the settings rule out every token, or the model's "
+            "scores are not numbers. Loosen bad_words_ids, suppress_tokens or no_repeat_ngram_size; in float16, try "
+            'dtype="float32".'
+        )
