@@ -14,7 +14,7 @@ import numpy.typing as npt
 from opt_common.encoding import tensor_maker
 from opt_common.errors import GenerationError, OPTError
 from opt_common.generation_config import GenerationConfig
-from opt_common.streaming import TextDecoder
+from opt_common.streaming import TextDecoder, new_text
 from opt_common.tokenizer import OPTTokenizer
 
 INTERACTIVE = """\
@@ -78,12 +78,7 @@ class Writer:
 
     def decoder(self, prompt_ids: Sequence[int]) -> TextDecoder:
         """What makes text of new tokens."""
-        return TextDecoder(
-            self.tokenizer,
-            skip_special_tokens=True,
-            stop_strings=self.options().stop_strings,
-            prompt=prompt_ids,
-        )
+        return new_text(self.tokenizer, prompt_ids, self.options())
 
     def generate(self, ids: Any, mask: Any, collector: Collector, **more: Any) -> Any:
         """Run the model; the collector gets the tokens where the strategy goes token by token."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
-from opt_common.strategies import strategy_of, useless_settings
+from opt_common.strategies import TOKEN_BY_TOKEN, strategy_of, useless_settings
 from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
@@ -141,6 +141,11 @@ class GenerationConfig:
     def strategy(self) -> str:
         """The name of the one strategy that these settings ask for; see `opt_common.strategies`."""
         return strategy_of(self)
+
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
+        return self.strategy in TOKEN_BY_TOKEN
 
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +34,14 @@ class StopStrings:
         self._texts = tuple(text.encode() for text in texts)
         self._tokens = TokenBytes(tokenizer)
 
-    def completed(self, ids: Sequence[int]) -> bool:
+    def completed(self, ids: Sequence[int] | Ids) -> bool:
         """Whether the last id of a row completes a text. A text may begin in the prompt, but not end in it."""
         longest = max(map(len, self._texts))
-        new, before = self._tokens(ids[-1]), b""
+        new, before = self._tokens(int(ids[-1])), b""
         place = len(ids) - 1
         while place and len(before) < longest - 1:
             place -= 1
-            before = self._tokens(ids[place]) + before
+            before = self._tokens(int(ids[place])) + before
         # As much as a text can reach back without being complete before the new token.
         return any(text in before[len(before) - min(len(before), len(text) - 1) :] + new for text in self._texts)
 
@@ -81,7 +81,7 @@ class Stopping:
         """
         ended_B: Flags = np.isin(ids_BT[:, -1], np.array(self.eos_token_id, dtype=np.int64))
         if self.stop_strings is not None:
-            ended_B |= [self.stop_strings.completed(ids_T) for ids_T in cast(list[list[int]], ids_BT.tolist())]
+            ended_B |= [self.stop_strings.completed(ids_T) for ids_T in ids_BT]
         if self.criteria:
             ids = self.to_framework(ids_BT)
             for criterion in self.criteria:

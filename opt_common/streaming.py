@@ -5,16 +5,18 @@ be shown yet is held back, so that the pieces, joined, are exactly the text of a
 """
 
 import codecs
+import contextlib
 import functools
 import queue
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from opt_common.errors import GenerationError, TokenizerError
+from opt_common.generation_config import GenerationConfig
 from opt_common.tokenizer import OPTTokenizer, clean_up
 
 
@@ -108,6 +110,56 @@ class TextDecoder:
         cut = len(self._unclean) if last else cut
         done, self._unclean = self._unclean[:cut], self._unclean[cut:]
         return clean_up(done)
+
+
+def new_text(tokenizer: OPTTokenizer, prompt: Iterable[int], settings: GenerationConfig) -> TextDecoder:
+    """What makes text of the tokens that follow a prompt: without special tokens, up to the first stop string."""
+    return TextDecoder(tokenizer, skip_special_tokens=True, stop_strings=settings.stop_strings, prompt=prompt)
+
+
+def text_pieces(
+    steps: Iterator[Mapping[str, npt.NDArray[Any]]],
+    around: Callable[[], contextlib.AbstractContextManager[Any]],
+    decoder: TextDecoder,
+) -> Iterator[str]:
+    """What the steps of one row say, as soon as it is certain.
+
+    Args:
+        steps: with "tokens", (1,) each.
+        around: makes the context that each step is computed in, and nothing else is.
+        decoder: makes text of tokens.
+    """
+    while True:
+        with around():
+            found = next(steps, None)
+        if found is None:
+            break
+        if piece := decoder.push(found["tokens"].tolist()):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
+def new_texts(
+    tokenizer: OPTTokenizer,
+    prompt_ids: npt.NDArray[np.integer[Any]],
+    new_ids: npt.NDArray[np.integer[Any]],
+    settings: GenerationConfig,
+) -> list[str]:
+    """The new text of each row.
+
+    Args:
+        tokenizer: whose ids they are.
+        prompt_ids: (B, T).
+        new_ids: (R, new): as many rows of each prompt, one after the other.
+        settings: what they were generated with.
+    """
+    copies = len(new_ids) // len(prompt_ids)
+    texts: list[str] = []
+    for number, row in enumerate(new_ids):
+        decoder = new_text(tokenizer, prompt_ids[number // copies].tolist(), settings)
+        texts.append(decoder.push(row.tolist()) + decoder.finish())
+    return texts
 
 
 class TokenBytes:

@@ -153,7 +153,8 @@ class Adapter:
         """Continue prompts."""
         with self.scope(model):
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
-            return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
+            ids = None if input_ids is None else self.tensor(np.asarray(input_ids))
+            return self.array(model.generate(ids, mask, **options))
 
     def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         """Continue prompts, and get the whole record, in NumPy."""
