@@ -13,7 +13,7 @@ ready := $(VENV)/.ready
 one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types contracts docs unit format oracle isolated clean
+.PHONY: help setup demo test check lint types contracts docs unit format oracle isolated peft clean
 
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,16 @@ oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an e
 .venv-oracle/.ready: tests/oracle/requirements.txt
 	test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
+	touch $@
+
+peft: $(ready) .venv-peft/.ready  ## the PyTorch model in PEFT, and every backend's adapters (an environment of its own)
+	rm -rf build/adapters
+	PYTHONPATH=. $(one_thread) $(bin)/python tests/oracle/write_adapters.py build/adapters
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-peft/bin/python tests/oracle/check_peft.py build/adapters
+
+.venv-peft/.ready: tests/oracle/requirements-peft.txt
+	test -x .venv-peft/bin/python || $(PYTHON) -m venv .venv-peft
+	.venv-peft/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements-peft.txt
 	touch $@
 
 kinds := none torch tf flax

@@ -16,6 +16,7 @@ from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
+from opt_common.native_files import home_of
 from opt_common.params import ARCHITECTURES, Head, Parameter, parameter_table
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
@@ -285,7 +286,7 @@ def _check_places(source: Path, target: Path, *, force: bool) -> None:
 
 def _carried(source: Path) -> dict[str, bytes]:
     """The contents of the files that go along."""
-    directory = source.parent if source.is_file() else source
+    directory = home_of(source)
     found = [directory / name for name in CARRIED_FILES if (directory / name).is_file()]
     return {path.name: path.read_bytes() for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES}
 

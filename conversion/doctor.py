@@ -22,6 +22,7 @@ from conversion.verify import verify
 from opt_common.config import OPTConfig
 from opt_common.errors import OPTError
 from opt_common.hub import FORMATS, METASEQ
+from opt_common.native_files import home_of
 from opt_common.params import parameter_table
 from opt_common.tokenizer import OPTTokenizer
 
@@ -85,7 +86,7 @@ def doctor(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
     path = Path(src)
     # A directory is taken as it is: `resolve` would refuse a broken one, and that is what this is for.
     source = path if path.is_dir() else locate(src, config=config, **hub)
-    directory = source if source.is_dir() else source.parent
+    directory = home_of(source)
     findings: list[Finding] = []
     opened: dict[str, Path] = {}
     embedding_rows: int | None = None

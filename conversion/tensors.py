@@ -117,7 +117,7 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} is empty. Fetch the file again.") from None
 
 
-def view(buffer: mmap.mmap, offset: int, info: TensorInfo) -> Array:
+def view(buffer: mmap.mmap | memoryview, offset: int, info: TensorInfo) -> Array:
     """The array at an offset of a mapped file. The caller has checked that it lies inside."""
     if info.size == 0:
         return np.empty(info.shape, info.dtype)

@@ -35,15 +35,11 @@ def write_plan(
         documents[plan.index] = index_content(plan)
     check_target(directory, plan.format, {*plan.files, *documents})
     check_disk(directory, plan, documents)
-    with _staging(directory) as staging:
+    with staged(directory, plan.key_file) as staging:
         for file, shard in zip(plan.files, plan.shards, strict=True):
             _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
         for name, content in documents.items():
             (staging / name).write_bytes(content)
-        for path in staging.iterdir():
-            sync(path)
-        sync(staging)
-        publish(staging, directory, plan.key_file)
 
 
 def _write_shard(
@@ -64,11 +60,20 @@ def _write_shard(
 
 
 @contextlib.contextmanager
-def _staging(directory: Path) -> Generator[Path]:
-    """A new directory beside the target, gone afterwards unless it has become the target."""
+def staged(directory: Path, key_file: str) -> Generator[Path]:
+    """A new directory beside the target. What is in it at the end of the `with` statement is moved into the target.
+
+    Args:
+        directory: the target, resolved.
+        key_file: the file without which none of the others is taken for something whole.
+    """
     staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
     staging.mkdir(parents=True)
     try:
         yield staging
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        publish(staging, directory, key_file)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

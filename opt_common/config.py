@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from opt_common.errors import ConfigError, join_problems
 
@@ -115,6 +115,9 @@ class OPTConfig:
     dtype: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
+    model_type: ClassVar[str] = "opt"
+    """What Hugging Face's libraries call the architecture."""
+
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:  # pyright: ignore[reportUnnecessaryComparison]
             object.__setattr__(self, "word_embed_proj_dim", self.hidden_size)
@@ -162,7 +165,7 @@ class OPTConfig:
         values = dict(values)
         if values.get("model_type") == "blip-2" and isinstance(values.get("text_config"), Mapping):
             values = dict(cast("Mapping[str, Any]", values["text_config"]))
-        model_type = values.pop("model_type", "opt")
+        model_type = values.pop("model_type", cls.model_type)
         if model_type != "opt":
             raise ConfigError(
                 f"config.json: got model_type {model_type!r}, expected 'opt'. This package has no other model."
@@ -208,7 +211,7 @@ class OPTConfig:
         values["torch_dtype"] = values.pop("dtype")
         if values["torch_dtype"] is None:
             del values["torch_dtype"]
-        return {"model_type": "opt", **dict(sorted(values.items()))}
+        return {"model_type": self.model_type, **dict(sorted(values.items()))}
 
     def to_json(self) -> str:
         """`to_dict` as the text of a file: indented, keys sorted, one newline at the end."""

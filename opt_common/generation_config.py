@@ -12,6 +12,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
+from opt_common.native_files import home_of
 from opt_common.strategies import TOKEN_BY_TOKEN, strategy_of, useless_settings
 from opt_common.watermark import WatermarkingConfig
 
@@ -157,10 +158,14 @@ class GenerationConfig:
     def from_directory(cls, directory: Path, config: OPTConfig) -> Self:
         """The settings of a checkpoint: its `generation_config.json`, or what its model configuration says.
 
+        Args:
+            directory: what the weights were loaded from: a directory, or a file in it.
+            config: the model's configuration.
+
         Raises:
             GenerationError: if the file is damaged or asks for what is not available.
         """
-        path = directory / "generation_config.json"
+        path = home_of(directory) / "generation_config.json"
         defaults = cls.from_model_config(config)
         if not path.is_file():
             return defaults

@@ -23,6 +23,7 @@ from opt_common.reference import IGNORED_LABEL
 from opt_flax.cache import KVCache
 from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
+from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
 
 # Results pass through jax.jit.
@@ -30,7 +31,7 @@ jax.tree_util.register_dataclass(OPTSequenceClassifierOutput)
 jax.tree_util.register_dataclass(OPTQuestionAnsweringOutput)
 
 
-class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
+class FlaxOPTForSequenceClassification(Adaptable, Pretrained, nnx.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -123,7 +124,7 @@ class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
         return self.model.get_input_embeddings()
 
 
-class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
+class FlaxOPTForQuestionAnswering(Adaptable, Pretrained, nnx.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"

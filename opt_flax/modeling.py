@@ -35,6 +35,7 @@ from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate, generate_text, stream
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_flax.lora import Adaptable
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTModelOutput)
@@ -255,7 +256,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, nnx.Module):
+class FlaxOPTModel(Adaptable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -336,7 +337,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"

@@ -12,6 +12,7 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
+from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
 
@@ -22,6 +23,8 @@ class Pretrained:
     head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
+    lora_config: LoraConfig | None = None
+    lora_merged: bool = False
 
     @classmethod
     def from_pretrained(
@@ -43,8 +46,9 @@ class Pretrained:
         """Load a checkpoint.
 
         Args:
-            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
-                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
+                safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
+                what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             attn_implementation: one of `opt_tf.attention.IMPLEMENTATIONS`; None means "eager".
@@ -106,8 +110,10 @@ class Pretrained:
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
-            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+            CheckpointError: if the checkpoint cannot be written, the directory holds another one, or the model has an
+                adapter that isn't merged.
         """
+        check_whole(self.lora_config, merged=self.lora_merged)
         table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,

@@ -23,11 +23,12 @@ from opt_common.reference import IGNORED_LABEL
 from opt_tf.cache import KVCache
 from opt_tf.checkpoint import Pretrained
 from opt_tf.layers import Builder
+from opt_tf.lora import Adaptable
 from opt_tf.modeling import TFOPTModel, check_call
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForSequenceClassification(Pretrained, keras.Model):
+class TFOPTForSequenceClassification(Adaptable, Pretrained, keras.Model):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -139,7 +140,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForQuestionAnswering(Pretrained, keras.Model):
+class TFOPTForQuestionAnswering(Adaptable, Pretrained, keras.Model):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"

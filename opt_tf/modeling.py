@@ -37,6 +37,7 @@ from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate, generate_text, stream
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_tf.lora import Adaptable
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -292,7 +293,7 @@ class TFOPTDecoder(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTModel(Pretrained, keras.Model):
+class TFOPTModel(Adaptable, Pretrained, keras.Model):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -394,7 +395,7 @@ class TFOPTModel(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForCausalLM(Pretrained, keras.Model):
+class TFOPTForCausalLM(Adaptable, Pretrained, keras.Model):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -534,7 +535,7 @@ def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) 
         options = {**arguments[0], **options}
         arguments = arguments[1:]
     signature = inspect.signature(model.call)
-    reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
+    reject_dropped({name: options.pop(name) for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
     names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
     targets = ("labels", "start_positions", "end_positions")

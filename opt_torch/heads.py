@@ -21,10 +21,11 @@ from opt_common.reference import IGNORED_LABEL
 from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
 from opt_torch.layers import Builder
+from opt_torch.lora import Adaptable
 from opt_torch.modeling import OPTModel, check
 
 
-class OPTForSequenceClassification(Pretrained, nn.Module):
+class OPTForSequenceClassification(Adaptable, Pretrained, nn.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -109,7 +110,7 @@ class OPTForSequenceClassification(Pretrained, nn.Module):
         return self.model.get_input_embeddings()
 
 
-class OPTForQuestionAnswering(Pretrained, nn.Module):
+class OPTForQuestionAnswering(Adaptable, Pretrained, nn.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"

@@ -32,6 +32,7 @@ from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.lora import Adaptable
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ class OPTDecoder(nn.Module):
         return torch.where(keep, new_BTD, hidden_BTD)
 
 
-class OPTModel(Pretrained, nn.Module):
+class OPTModel(Adaptable, Pretrained, nn.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -323,7 +324,7 @@ class OPTModel(Pretrained, nn.Module):
         return self.decoder.embed_tokens
 
 
-class OPTForCausalLM(Pretrained, nn.Module):
+class OPTForCausalLM(Adaptable, Pretrained, nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -405,6 +406,10 @@ class OPTForCausalLM(Pretrained, nn.Module):
     def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
         """Continue texts; see `opt_torch.generation.generate_text`."""
         return generate_text(self, text, tokenizer, **options)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
+        return {"input_ids": input_ids, **arguments}
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ class Adapter:
         """Number of elements in all of the model's trainable parameters, as the framework counts them."""
         raise NotImplementedError
 
+    # Saving as the framework does
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        """The framework's own functions that save a model: the name of what they write -> one that writes it there."""
+        raise NotImplementedError
+
     # Computing
 
     def forward(self, model: Any, *, training: bool = False, checked: bool = False, **arguments: Any) -> Results:
@@ -136,16 +143,21 @@ class Adapter:
             cache=output.past_key_values,
         )
 
-    def gradients(self, model: Any, **arguments: Any) -> dict[str, np.ndarray]:
+    def gradients(
+        self, model: Any, table: tuple[Parameter, ...] | None = None, **arguments: Any
+    ) -> dict[str, np.ndarray]:
         """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
+        table = self.table(model) if table is None else table
         with self.scope(model):
-            found = self.loss_gradients(model, {name: self.tensor(value) for name, value in arguments.items()})
+            found = self.loss_gradients(model, table, {name: self.tensor(value) for name, value in arguments.items()})
         return {
             parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
-            for parameter in self.table(model)
+            for parameter in table
         }
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         """The gradients of the loss in the framework's layout, by parameter."""
         raise NotImplementedError
 
@@ -286,7 +298,17 @@ class TorchAdapter(Adapter):
             variable.copy_(self.torch.from_numpy(value))
 
     def count(self, model: Any) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        state, save = model.state_dict(), self.torch.save
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        return {
+            "model.pt": lambda path: save(state, path),
+            "epoch-3.pth": lambda path: save(state, path),
+            "weights.bin": lambda path: save(dict(state), path, _use_new_zipfile_serialization=False),
+            "compiled.pt": lambda path: save(compiled, path),
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         model.train(training)
@@ -296,10 +318,12 @@ class TorchAdapter(Adapter):
         finally:
             model.eval()
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         model.zero_grad()
         model(**arguments).loss.backward()
-        found = {parameter.name: self.parameter(model, parameter).grad for parameter in self.table(model)}
+        found = {parameter.name: self.parameter(model, parameter).grad for parameter in table}
         model.zero_grad()
         return lambda parameter: self.array(found[parameter.name])
 
@@ -346,6 +370,31 @@ class TFAdapter(Adapter):
     def count(self, model: Any) -> int:
         return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
 
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        import keras
+
+        def train_state(path: Path) -> None:
+            model.compile(optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            model.optimizer.build(model.trainable_variables)
+            model.save(path)
+
+        def quietly(save: Callable[[Path], Any]) -> Callable[[Path], None]:
+            def call(path: Path) -> None:
+                with warnings.catch_warnings():
+                    # Keras hands NumPy its own variables, in a way that NumPy means to drop.
+                    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                    save(path)
+
+            return call
+
+        gigabytes = 2e-5
+        return {
+            "model.weights.h5": quietly(model.save_weights),
+            "model.keras": quietly(model.save),
+            "sharded.weights.json": quietly(lambda path: model.save_weights(path, max_shard_size=gigabytes)),
+            "trained.keras": quietly(train_state),
+        }
+
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
         self.tf.config.run_functions_eagerly(True)
@@ -361,8 +410,10 @@ class TFAdapter(Adapter):
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
-        variables = {parameter.name: self.parameter(model, parameter) for parameter in self.table(model)}
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
+        variables = {parameter.name: self.parameter(model, parameter) for parameter in table}
         with self.tf.GradientTape() as tape:
             loss = model(**arguments).loss
         gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
@@ -422,7 +473,33 @@ class FlaxAdapter(Adapter):
             variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
 
     def count(self, model: Any) -> int:
-        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+        kind = self.nnx.LoRAParam if model.lora_config else self.nnx.Param
+        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, kind)))
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        from orbax import checkpoint
+
+        state = self.nnx.state(model)
+        arrays = self.nnx.to_pure_dict(self.nnx.state(model, self.nnx.Param))
+
+        def standard(tree: Any) -> Callable[[Path], None]:
+            def save(path: Path) -> None:
+                with checkpoint.StandardCheckpointer() as saver:
+                    saver.save(path, tree)
+
+            return save
+
+        def manager(path: Path) -> None:
+            with checkpoint.CheckpointManager(path.parent) as saver:
+                saver.save(int(path.name), args=checkpoint.args.StandardSave(state))
+
+        apart = checkpoint.PyTreeCheckpointer(use_ocdbt=False)
+        return {
+            "state": standard(state),
+            "arrays": standard(arrays),
+            "apart": lambda path: apart.save(path, arrays),
+            "steps/3": manager,
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         (model.train if training else model.eval)()
@@ -438,12 +515,16 @@ class FlaxAdapter(Adapter):
             return self.call(model, training, arguments)
         return self.compiled_call(model, **arguments)
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+    ) -> Callable[[Parameter], np.ndarray]:
         gradients = self.compiled_gradient(model, dict(arguments))
 
         def find(parameter: Parameter) -> np.ndarray:
             found = gradients
             for part in parameter.path(self.scheme):
+                if "base_layer" in found and part not in found:
+                    found = found["base_layer"]
                 found = found[int(part) if part.isdigit() else part]
             return self.array(found)
 

@@ -20,6 +20,7 @@ FILES = (
     "layers.py",
     "modeling.py",
     "heads.py",
+    "lora.py",
     "processors.py",
     "selection.py",
     "generation.py",
@@ -105,6 +106,7 @@ SANCTIONED = {
         "*LayerNorm.*": (("tf",), "as above"),
     },
     "modeling.py": {
+        "*prepare_inputs_for_generation*": (BOTH, "PEFT, which is PyTorch's, wants to see it"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*tie_weights*": (BOTH, "there the head reads the token table; in PyTorch it is a second name for it"),
         "OPTDecoder.embed: *": (BOTH, "PyTorch's embedding has the pad row's gradient rule built in"),
@@ -155,6 +157,19 @@ SANCTIONED = {
         "OPT*.forward: options": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
     },
+    "lora.py": {
+        "*LoraLinear.weight*": (BOTH, "they call it kernel"),
+        "*LoraLinear.kernel*": (BOTH, "as above"),
+        "outer_place: *": (BOTH, "modules are found by attributes; PyTorch finds them by name"),
+        "adapter_linear: *": (BOTH, "each framework has its way to make a layer"),
+        "fill: variable": (BOTH, "an array is laid out as the variable is"),
+        "*(rngs)": (("flax",), "Flax takes its random numbers from its caller"),
+        "*retype*": (("flax",), "there, what trains is known by the type of the variable"),
+        "Adaptable.merge_and_unload: *": (BOTH, "each framework has its way to say what trains"),
+        "wrap: variable": (("tf",), "as above"),
+        "*replace*": (("tf",), "Keras has a lock on the layers of a layer"),
+        "adapter_linear(name)": (("tf",), "Keras layers have names"),
+    },
     "processors.py": {
         "History.seen: *": (BOTH, "each framework has its way to scatter"),
         "running_sum*": (("flax",), "without float64, a sum is a pair of numbers"),
@@ -174,6 +189,7 @@ SANCTIONED = {
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
         "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
+        "*forget_compiled*": (("tf",), "as above; JAX sees by itself that a model has other layers"),
     },
     "checkpoint.py": {
         "*(torch_dtype)": (BOTH, "an older name that only PyTorch's users have"),

@@ -30,7 +30,7 @@ _DATASPACE, _DATATYPE, _EXTERNAL, _LAYOUT, _FILTERS, _ATTRIBUTE, _CONTINUATION, 
 _LINK_INFO, _LINK, _ATTRIBUTE_INFO = 0x02, 0x06, 0x15
 
 _CONTIGUOUS = 1
-_FIXED_TEXT, _VARIABLE = 3, 9
+_FIXED_TEXT, _OPAQUE, _VARIABLE = 3, 5, 9
 _SOFT_LINK = 2
 
 
@@ -59,7 +59,7 @@ class Dataset:
 class File:
     """A mapped HDF5 file."""
 
-    def __init__(self, buffer: mmap.mmap) -> None:
+    def __init__(self, buffer: mmap.mmap | memoryview) -> None:
         self._buffer = buffer
         self._left = _MAX_STRUCTURES
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
@@ -89,7 +89,7 @@ class File:
             raise DamagedError("it has more structures than any OPT model needs")
         if start > len(self._buffer) - size or size < 0:
             raise DamagedError(f"a structure at byte {start} does not lie in the file of {len(self._buffer)}")
-        return self._buffer[start : start + size]
+        return bytes(self._buffer[start : start + size])
 
     def unsigned(self, start: int, size: int = 8) -> int:
         """A number of the file."""
@@ -269,6 +269,8 @@ class Object:
         if version != 3 or kind != _CONTIGUOUS:  # the version of the layout message
             raise DamagedError("it is chunked, virtual or of a later layout; `h5repack -l CONTI -f NONE` undoes that")
         dtype = _DATATYPES.get(_without_version(self._file.take(datatype.start, datatype.size)))
+        if dtype is None and self._is_marked_pair(datatype):
+            dtype = BY_NAME["bfloat16"]
         if dtype is None:
             raise DamagedError(f"its numbers are of no plain little-endian type of {', '.join(BY_NAME)}")
         shape = self._shape(space.start)
@@ -280,6 +282,12 @@ class Object:
             raise DamagedError(f"its shape {list(shape)} takes {info.nbytes} bytes, which the file does not hold")
         self._file.take(start + info.nbytes - 1, 1)
         return Dataset(dtype, shape, start)
+
+    def _is_marked_pair(self, datatype: Message) -> bool:
+        """Whether numbers are Keras 3's bfloat16: two opaque bytes, with a note what they are."""
+        described = self._file.take(datatype.start, 8)
+        is_pair = described[0] & 0x0F == _OPAQUE and described[4:] == (2).to_bytes(4, "little")
+        return is_pair and self.attributes.get("dtype") == "bfloat16"
 
 
 def text(data: bytes) -> str:
