@@ -70,7 +70,11 @@ def add_options(generate: argparse.ArgumentParser) -> None:
         help="show text as it is produced, one prompt at a time (default: for one prompt, on a terminal)",
     )
     form.add_argument("--interactive", action="store_true", help="read what to add to the text from the terminal")
-    generate.add_argument("--quiet", action="store_true", help="show no progress bar (there is one only on a terminal)")
+    generate.add_argument(
+        "--quiet",
+        action="store_true",
+        help="show no progress bar (on a terminal, there is one)",
+    )
     _add_settings(generate)
 
 
@@ -239,10 +243,10 @@ def _json_line(line: Line) -> str:
 
 
 def _with_progress(batches: Sequence[list[str]], quiet: bool) -> Iterator[list[str]]:
-    """The batches, with a bar on standard error if there are several and somebody looks."""
+    """The batches, with a bar on standard error if there are several, somebody looks, and texts go elsewhere."""
     from tqdm import tqdm
 
-    hidden = quiet or len(batches) == 1 or not sys.stderr.isatty()
+    hidden = quiet or len(batches) == 1 or not sys.stderr.isatty() or sys.stdout.isatty()
     with tqdm(total=sum(map(len, batches)), unit="prompt", disable=hidden) as bar:
         for batch in batches:
             yield batch

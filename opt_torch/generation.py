@@ -204,8 +204,8 @@ class Decoder:
         self.model = model
         self.prompt = prompt
         self.program = program(prompt.processors)
-        table = model.get_input_embeddings().weight
-        self.device, self.dtype = table.device, table.dtype
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = model.get_input_embeddings().weight.dtype
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
 
     def on_device(self, array: np.ndarray) -> Tensor:
@@ -237,7 +237,8 @@ class Decoder:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
         slots_BS = given_slots(self.prompt.order, self.prompt.past_length, 0, self.cache.capacity)
-        return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), self.cache.length)
+        length = self.cache.length
+        return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), length)
 
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
