@@ -65,6 +65,12 @@ oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an e
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
 	touch $@
 
+FUZZ ?= 100000
+
+.PHONY: fuzz
+fuzz: $(ready)  ## read 100,000 damaged checkpoints (FUZZ=N: another number); the tests read 2,000
+	$(one_thread) $(bin)/python -W ignore -m tests.fuzz.run --count $(FUZZ) --workers $(WORKERS)
+
 peft: $(ready) .venv-peft/.ready  ## the PyTorch model in PEFT, and every backend's adapters (an environment of its own)
 	rm -rf build/adapters
 	PYTHONPATH=. $(one_thread) $(bin)/python tests/oracle/write_adapters.py build/adapters

@@ -25,13 +25,14 @@ from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
 from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
+from opt_flax.training import Trainable
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTSequenceClassifierOutput)
 jax.tree_util.register_dataclass(OPTQuestionAnsweringOutput)
 
 
-class FlaxOPTForSequenceClassification(Adaptable, Pretrained, nnx.Module):
+class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -98,7 +99,7 @@ class FlaxOPTForSequenceClassification(Adaptable, Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -124,7 +125,7 @@ class FlaxOPTForSequenceClassification(Adaptable, Pretrained, nnx.Module):
         return self.model.get_input_embeddings()
 
 
-class FlaxOPTForQuestionAnswering(Adaptable, Pretrained, nnx.Module):
+class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -189,7 +190,7 @@ class FlaxOPTForQuestionAnswering(Adaptable, Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )

@@ -25,10 +25,11 @@ from opt_tf.checkpoint import Pretrained
 from opt_tf.layers import Builder
 from opt_tf.lora import Adaptable
 from opt_tf.modeling import TFOPTModel, check_call
+from opt_tf.training import Trainable
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForSequenceClassification(Adaptable, Pretrained, keras.Model):
+class TFOPTForSequenceClassification(Adaptable, Trainable, Pretrained, keras.Model):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -100,7 +101,7 @@ class TFOPTForSequenceClassification(Adaptable, Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
@@ -140,7 +141,7 @@ class TFOPTForSequenceClassification(Adaptable, Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForQuestionAnswering(Adaptable, Pretrained, keras.Model):
+class TFOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, keras.Model):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -208,7 +209,7 @@ class TFOPTForQuestionAnswering(Adaptable, Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,

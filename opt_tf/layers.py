@@ -37,6 +37,28 @@ class Linear(keras.layers.Dense):
         super().build((None, self.in_features))
 
 
+class Embedding(keras.layers.Embedding):
+    """An `Embedding` layer with a dense gradient.
+
+    TensorFlow's own is a list of rows, in which a token that occurs twice has two; Keras' optimizers square each for
+    itself, so that AdamW takes other steps than it should.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows of the table."""
+
+        @tf.custom_gradient
+        def look_up(table_VE: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                upstream_XE = tf.cast(tf.reshape(upstream, (-1, self.output_dim)), self.variable_dtype)
+                sums_VE = tf.math.unsorted_segment_sum(upstream_XE, tf.reshape(inputs, (-1,)), self.input_dim)
+                return tf.cast(sums_VE, table_VE.dtype)
+
+            return tf.cast(tf.gather(table_VE, inputs), self.compute_dtype), gradient
+
+        return look_up(tf.convert_to_tensor(self.embeddings))
+
+
 class LayerNorm(keras.layers.LayerNormalization):
     """A `LayerNormalization` that knows its input's width, so that it can be built before it is called."""
 
@@ -69,7 +91,7 @@ class Builder:
             in_features, out_features, use_bias=use_bias, kernel_initializer=self.normal(), dtype=self.dtype, name=name
         )
 
-    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> keras.layers.Embedding:
+    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> Embedding:
         """A table of embeddings; row `pad` starts as zeros."""
         normal = self.normal()
 
@@ -78,7 +100,7 @@ class Builder:
             is_pad_VE = (tf.range(rows) == (-1 if pad is None else pad))[:, None]
             return tf.where(is_pad_VE, tf.zeros_like(table), table)
 
-        return keras.layers.Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
+        return Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
 
     def layer_norm(self, features: int, *, affine: bool, name: str) -> LayerNorm:
         """A layer norm."""

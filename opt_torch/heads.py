@@ -23,9 +23,10 @@ from opt_torch.checkpoint import Pretrained
 from opt_torch.layers import Builder
 from opt_torch.lora import Adaptable
 from opt_torch.modeling import OPTModel, check
+from opt_torch.training import Trainable
 
 
-class OPTForSequenceClassification(Adaptable, Pretrained, nn.Module):
+class OPTForSequenceClassification(Adaptable, Trainable, Pretrained, nn.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -89,7 +90,7 @@ class OPTForSequenceClassification(Adaptable, Pretrained, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -110,7 +111,7 @@ class OPTForSequenceClassification(Adaptable, Pretrained, nn.Module):
         return self.model.get_input_embeddings()
 
 
-class OPTForQuestionAnswering(Adaptable, Pretrained, nn.Module):
+class OPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nn.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -172,7 +173,7 @@ class OPTForQuestionAnswering(Adaptable, Pretrained, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )

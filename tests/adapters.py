@@ -8,9 +8,10 @@ import dataclasses
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class Adapter:
         """
         with self.scope(model):
             arguments = {name: self.tensor(value) for name, value in arguments.items()}
-            call = self.call if checked or training else self.quick_call
+            call = self.call if checked else self.quick_call
             return self.results(call(model, training, arguments))
 
     def quick_call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
@@ -144,21 +145,45 @@ class Adapter:
         )
 
     def gradients(
-        self, model: Any, table: tuple[Parameter, ...] | None = None, **arguments: Any
+        self, model: Any, table: tuple[Parameter, ...] | None = None, *, training: bool = False, **arguments: Any
     ) -> dict[str, np.ndarray]:
         """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
         table = self.table(model) if table is None else table
         with self.scope(model):
-            found = self.loss_gradients(model, table, {name: self.tensor(value) for name, value in arguments.items()})
+            arguments = {name: self.tensor(value) for name, value in arguments.items()}
+            found = self.loss_gradients(model, table, arguments, training=training)
         return {
             parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
             for parameter in table
         }
 
     def loss_gradients(
-        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         """The gradients of the loss in the framework's layout, by parameter."""
+        raise NotImplementedError
+
+    # Training
+
+    def reseed(self, model: Any, seed: int) -> None:
+        """Let dropout draw the same numbers from here on as after the last call with this seed."""
+        raise NotImplementedError
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        """A step of AdamW on each batch, with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay`.
+
+        Returns the losses; the model is left in evaluation.
+        """
+        raise NotImplementedError
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        """Number of elements of the largest array that is computed on the way to the gradients of the loss."""
+        raise NotImplementedError
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        """How many layers the backward pass of a training step computes again."""
         raise NotImplementedError
 
     def generate(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
@@ -220,6 +245,9 @@ class Adapter:
         with self.precision(str(scores.dtype)):
             return self.array(module.choose(self.tensor(scores), self.tensor(uniforms)))
 
+    def retrace(self) -> None:
+        """Forget what was compiled: something that it reads has changed."""
+
     def allocate_cache(self, model: Any, batch_size: int, capacity: int, dtype: str = "float32") -> Any:
         """An empty cache of a fixed capacity."""
         with self.scope(model):
@@ -260,6 +288,14 @@ SINGLES = ("logits", "start_logits", "end_logits", "loss", "last_hidden_state")
 def widened(array: np.ndarray) -> np.ndarray:
     """Half precision as float32, which holds all its values."""
     return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
+
+
+def counted_calls(adapter: Adapter, model: Any, arguments: Mapping[str, Any]) -> int:
+    """How often attention is computed in a training step: once in each layer, and again where it was not kept."""
+    modeling = importlib.import_module(f"{adapter.package.__name__}.modeling")
+    with mock.patch.object(modeling, "attend", wraps=modeling.attend) as attend:
+        adapter.gradients(model, training=True, **arguments)
+    return attend.call_count
 
 
 def walk(tree: Any, path: tuple[str, ...]) -> Any:
@@ -319,13 +355,58 @@ class TorchAdapter(Adapter):
             model.eval()
 
     def loss_gradients(
-        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         model.zero_grad()
+        model.train(training)
         model(**arguments).loss.backward()
+        model.eval()
         found = {parameter.name: self.parameter(model, parameter).grad for parameter in table}
         model.zero_grad()
         return lambda parameter: self.array(found[parameter.name])
+
+    def reseed(self, model: Any, seed: int) -> None:
+        self.torch.manual_seed(seed)
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        optimizer = self.torch.optim.AdamW(
+            model.parameters(),
+            lr=settings["learning_rate"],
+            betas=(settings["beta_1"], settings["beta_2"]),
+            eps=settings["epsilon"],
+            weight_decay=settings["weight_decay"],
+        )
+        model.train()
+        losses = []
+        for batch in batches:
+            loss = model(**{name: self.tensor(value) for name, value in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(self.array(loss))
+        model.eval()
+        return losses
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        sizes = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                tensors = result if isinstance(result, tuple | list) else (result,)
+                sizes.extend(tensor.numel() for tensor in tensors if hasattr(tensor, "numel"))
+                return result
+
+        with Recorder():
+            self.gradients(model, training=True, **arguments)
+        return max(sizes)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        return counted_calls(self, model, arguments) - model.config.num_hidden_layers
 
     def dtype(self, name: str) -> Any:
         return getattr(self.torch, name)
@@ -411,13 +492,58 @@ class TFAdapter(Adapter):
         return model(**arguments, training=training)
 
     def loss_gradients(
-        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
         variables = {parameter.name: self.parameter(model, parameter) for parameter in table}
         with self.tf.GradientTape() as tape:
-            loss = model(**arguments).loss
+            loss = model(**arguments, training=training).loss
         gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
         return lambda parameter: self.array(self.tf.convert_to_tensor(gradients[parameter.name]))
+
+    def reseed(self, model: Any, seed: int) -> None:
+        for variable in model.variables:
+            if "seed" in variable.path:
+                variable.assign([seed, 0])
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        import keras
+
+        # Keras rounds the learning rate to its own dtype, and TensorFlow Python's numbers, but not NumPy's, to float32.
+        keras.config.set_floatx(model.variable_dtype)
+        settings = {name: np.dtype(model.variable_dtype).type(value) for name, value in settings.items()}
+        settings["learning_rate"] = float(settings["learning_rate"])
+        try:
+            optimizer = keras.optimizers.AdamW(**settings)
+            optimizer.build(model.trainable_variables)
+            losses = []
+            for step, batch in enumerate(batches):
+                # Keras adds epsilon before it corrects the bias of the second moment, the others after.
+                optimizer.epsilon = settings["epsilon"] * (1 - settings["beta_2"] ** (step + 1)) ** 0.5
+                with self.tf.GradientTape() as tape:
+                    loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
+                optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+                losses.append(self.array(loss))
+            return losses
+        finally:
+            keras.config.set_floatx("float32")
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        @self.tf.function(autograph=False)
+        def step(arguments: Mapping[str, Any]) -> Any:
+            with self.tf.GradientTape() as tape:
+                loss = model(**arguments, training=True).loss
+            return tape.gradient(loss, model.trainable_variables)
+
+        concrete = step.get_concrete_function({name: self.tensor(value) for name, value in arguments.items()})
+        graph = concrete.graph.as_graph_def(add_shapes=True)
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape if not shape.unknown_rank]
+        return max(int(np.prod([axis.size for axis in shape.dim], dtype=np.int64)) for shape in shapes)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        return counted_calls(self, model, arguments) - model.config.num_hidden_layers
 
     def tensor(self, value: Any) -> Any:
         return self.tf.constant(value) if isinstance(value, np.ndarray) else value
@@ -446,9 +572,13 @@ class FlaxAdapter(Adapter):
             "sequence_classification": opt_flax.FlaxOPTForSequenceClassification,
             "question_answering": opt_flax.FlaxOPTForQuestionAnswering,
         }
-        flags = ("use_cache", "output_hidden_states", "output_attentions")
-        self.compiled_call = nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
-        self.compiled_gradient = nnx.jit(nnx.grad(lambda model, arguments: model(**arguments).loss))
+        self.retrace()
+
+    def retrace(self) -> None:
+        flags = ("use_cache", "output_hidden_states", "output_attentions", "output_logits")
+        self.compiled_call = self.nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
+        self.compiled_gradient = self.nnx.jit(self.nnx.grad(lambda model, arguments: model(**arguments).loss))
+        self.compiled_loss = self.nnx.jit(self.nnx.value_and_grad(lambda model, arguments: model(**arguments).loss))
 
     def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         with self.precision(dtype):
@@ -513,12 +643,18 @@ class FlaxAdapter(Adapter):
         # makes room for new tokens outside of compiled functions only.
         if "past_key_values" in arguments:
             return self.call(model, training, arguments)
-        return self.compiled_call(model, **arguments)
+        (model.train if training else model.eval)()
+        try:
+            return self.compiled_call(model, **arguments)
+        finally:
+            model.eval()
 
     def loss_gradients(
-        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any]
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
     ) -> Callable[[Parameter], np.ndarray]:
+        (model.train if training else model.eval)()
         gradients = self.compiled_gradient(model, dict(arguments))
+        model.eval()
 
         def find(parameter: Parameter) -> np.ndarray:
             found = gradients
@@ -529,6 +665,58 @@ class FlaxAdapter(Adapter):
             return self.array(found)
 
         return find
+
+    def reseed(self, model: Any, seed: int) -> None:
+        self.nnx.reseed(model, dropout=seed, default=seed)
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        import optax
+
+        names = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
+        chain = optax.adamw(**{names.get(name, name): value for name, value in settings.items()})
+        with self.scope(model):
+            optimizer = self.nnx.Optimizer(model, chain, wrt=self.nnx.Param)
+            model.train()
+            losses = []
+            for batch in batches:
+                arguments = {name: self.tensor(value) for name, value in batch.items()}
+                loss, gradients = self.compiled_loss(model, arguments)
+                optimizer.update(model, gradients)
+                losses.append(self.array(loss))
+            model.eval()
+        return losses
+
+    def traced_step(self, model: Any, arguments: Mapping[str, Any]) -> list[Any]:
+        """The equations of a training step's gradients, those of inner programs too."""
+        from jax.extend.core import jaxprs_in_params
+
+        model.train()
+        graph, parameters, rest = self.nnx.split(model, self.nnx.Param, ...)
+        arguments = {name: self.tensor(value) for name, value in arguments.items()}
+        found: list[Any] = []
+
+        def visit(program: Any) -> None:
+            for equation in program.eqns:
+                found.append(equation)
+                for inner in jaxprs_in_params(equation.params):
+                    visit(inner)
+
+        def loss(parameters: Any, rest: Any) -> Any:
+            return self.nnx.merge(graph, parameters, rest, copy=True)(**arguments).loss
+
+        visit(self.jax.make_jaxpr(self.jax.grad(loss))(parameters, rest).jaxpr)
+        model.eval()
+        return found
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        equations = self.traced_step(model, arguments)
+        return max(int(np.prod(result.aval.shape)) for equation in equations for result in equation.outvars)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        names = [equation.primitive.name for equation in self.traced_step(model, arguments)]
+        return sum(name in ("checkpoint", "remat", "remat2") for name in names)
 
     def tensor(self, value: Any) -> Any:
         return self.jax.numpy.asarray(value) if isinstance(value, np.ndarray) else value

@@ -206,11 +206,10 @@ sys.exit(main())
             os.write(mine, b"Once upon a time\n")
             wait_for(b"there was", mine)
             os.write(mine, b"\x03")
-            wait_for(b"> ", mine)
-            assert process.poll() is None
+            wait_for(b"> ", mine)  # not the end of the program
             os.write(mine, b"\x03")
             wait_for(b"opt-torch: interrupted.", mine)
-            assert process.wait(timeout=60) == 130
+            assert process.wait(timeout=100) == 130
         finally:
             process.kill()
             os.close(mine)

@@ -21,6 +21,7 @@ FILES = (
     "modeling.py",
     "heads.py",
     "lora.py",
+    "training.py",
     "processors.py",
     "selection.py",
     "generation.py",
@@ -105,6 +106,7 @@ SANCTIONED = {
         "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
         "*Linear.*": (("tf",), "as above"),
         "*LayerNorm.*": (("tf",), "as above"),
+        "*Embedding*": (("tf",), "Keras' own has a gradient that its optimizers misread"),
     },
     "modeling.py": {
         "*prepare_inputs_for_generation*": (BOTH, "PEFT, which is PyTorch's, wants to see it"),
@@ -119,7 +121,6 @@ SANCTIONED = {
         "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
         "OPTDecoder.masking(cache)": (BOTH, "the mask is as wide as the static cache"),
         "OPTDecoder.masking: maybe_empty": (BOTH, "see attention.py"),
-        "causal_lm_loss: *": (BOTH, "PyTorch's cross_entropy knows ignored labels"),
         "check: *": (BOTH, "each framework has its way to know a traced array"),
         "OPTAttention.forward: dropping": (
             ("flax",),
@@ -140,6 +141,7 @@ SANCTIONED = {
         "OPT*.forward: options": (("tf",), "as above"),
         "*check_call*": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
+        "OPTForCausalLM.forward: *": (("tf",), "the loss takes the head's weight, whose gradient it computes itself"),
         "OPTForCausalLM.logits: *": (("tf",), "the tied head is a product with the transposed table"),
     },
     "heads.py": {
@@ -157,6 +159,15 @@ SANCTIONED = {
         "OPT*.forward(self)": (("tf",), "as above"),
         "OPT*.forward: options": (("tf",), "as above"),
         "*(training)": (("tf",), "Keras passes the mode as an argument"),
+    },
+    "training.py": {
+        "*(gradient_checkpointing_kwargs)": (BOTH, "only PyTorch's checkpointing has options"),
+        "*gradient_checkpointing_enable: decoder": (BOTH, "as above"),
+        "run_again(options)": (BOTH, "as above"),
+        "run_again: *": (("tf",), "random numbers and the order of a graph are kept by hand"),
+        "causal_lm_loss: *": (BOTH, "where a loop is compiled, its turns must be alike"),
+        "*_summed_losses*": (("tf",), "its own gradient, which a loop of TensorFlow's would keep all logits for"),
+        "*_slopes*": (("tf",), "as above"),
     },
     "lora.py": {
         "*LoraLinear.weight*": (BOTH, "they call it kernel"),
