@@ -199,7 +199,9 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
             values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            cache = values.pop("past_key_values")
             return type(record)(
+                past_key_values=cache,
                 **{
                     name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
                     for name, value in values.items()
