@@ -28,8 +28,10 @@ exit codes:
   2  the command line is wrong
   3  verify, convert --verify or doctor found a problem or a difference
 
-A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
-need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
+A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. Besides the formats
+that are written, SRC may be what a framework saved: a state dict of PyTorch, .weights.h5 or .keras of Keras 3, a
+checkpoint of Orbax. metaseq's files need no config.json where they say themselves what it would; of several parts or
+shards, any one names them all.
 With --json, standard output holds one JSON document and nothing else.
 """
 
@@ -43,6 +45,7 @@ examples:
   opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
+  opt-convert convert facebook/opt-125m opt-125m-preset --to keras-hub
 """,
     "doctor": """\
 examples:

@@ -10,20 +10,22 @@ from typing import Any, cast
 
 from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.dtypes import parse_dtype
+from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
 from conversion.merge import Weights, merged_weights, weights_of
-from conversion.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
-from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
-from opt_common.native_files import home_of
+from opt_common.hub import GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FILES, resolve
+from opt_common.native_files import KERAS_HUB, home_of, is_keras_hub
 from opt_common.params import ARCHITECTURES, Head
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
 """Files beside the weights that go along as they are, where the source has them."""
 
 _MAX_CARRIED_BYTES = 100_000_000
+_MERGES_HEADER = b"#version:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf", "flax" or "metaseq".
+        to: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
@@ -278,7 +280,7 @@ def _prepared(
             bare=weights.head is None,
             model_parts=model_parts,
         )
-        documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
+        documents = documents_of(plan, _carried(source))
         prepared = _Prepared(checkpoint=checkpoint, weights=weights, target=target, plan=plan, documents=documents)
         check_target(target, to, set(prepared.files))
         yield prepared
@@ -301,6 +303,11 @@ def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
 
 def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") -> Iterator[str]:
     """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
+    if format_name == KERAS_HUB and config.attention_dropout != config.dropout:
+        yield (
+            f"In training KerasHub drops out attention probabilities with probability {config.dropout}, as everything, "
+            f"not {config.attention_dropout}."
+        )
     prefix = {"tf": "TF", "flax": "Flax"}.get(format_name)
     if prefix is None:
         return
@@ -326,10 +333,19 @@ def _check_places(source: Path, target: Path, *, force: bool) -> None:
 
 
 def _carried(source: Path) -> dict[str, bytes]:
-    """The contents of the files that go along."""
+    """The contents of the files that go along, under the names that Hugging Face gives them."""
     directory = home_of(source)
-    found = [directory / name for name in CARRIED_FILES if (directory / name).is_file()]
-    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    places = {name: directory / name for name in CARRIED_FILES}
+    if is_keras_hub(directory):
+        del places[TOKENIZER_FILE]  # KerasHub's own is a file of another kind
+        places |= {name: directory / place for name, place in TOKENIZER_ASSETS.items()}
+    found = {name: path for name, path in places.items() if path.is_file()}
+    contents = {name: path.read_bytes() for name, path in found.items() if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    merges = contents.get("merges.txt")
+    if merges is not None and is_keras_hub(directory) and not merges.startswith(_MERGES_HEADER):
+        # KerasHub writes the merges alone; everyone else takes the first line for a header.
+        contents["merges.txt"] = _MERGES_HEADER + b" 0.2\n" + merges
+    return contents
 
 
 @contextlib.contextmanager

@@ -36,10 +36,11 @@ from opt_common.native_files import (
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

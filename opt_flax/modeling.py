@@ -35,6 +35,7 @@ from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate, generate_text, stream
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_flax.lora import Adaptable
+from opt_flax.quantized import Int8Embedding
 from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
@@ -153,7 +154,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -341,7 +342,7 @@ class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return not self.decoder.layer_dropout.deterministic
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -370,7 +371,7 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         self.dtype = self.model.dtype
         if not config.tie_word_embeddings:
             build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
-            self.lm_head = build.linear(E, V, use_bias=False)
+            self.lm_head = build.head(E, V)
 
     def __call__(
         self,
@@ -452,7 +453,7 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

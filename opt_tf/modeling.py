@@ -37,6 +37,7 @@ from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate, generate_text, stream
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
 from opt_tf.lora import Adaptable
+from opt_tf.quantized import Int8Embedding
 from opt_tf.training import Trainable, causal_lm_loss, run_again
 
 if keras.version().startswith("2."):
@@ -172,7 +173,7 @@ class TFOPTDecoder(keras.layers.Layer):
         super().__init__(dtype=build.dtype, name="decoder")
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id, name="embed_tokens")
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id, name="embed_tokens")
         P = config.max_position_embeddings + POSITION_OFFSET
         self.embed_positions = build.embedding(P, D, name="embed_positions")
         if config.has_projection:
@@ -383,7 +384,7 @@ class TFOPTModel(Adaptable, Trainable, Pretrained, keras.Model):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -432,7 +433,7 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
         )
         if not config.tie_word_embeddings:
             build = Builder(config, self.dtype_policy, new_weights)
-            self.lm_head = build.linear(E, V, use_bias=False, name="lm_head")
+            self.lm_head = build.head(E, V, name="lm_head")
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -504,9 +505,12 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
 
     def logits(self, hidden_BTE: tf.Tensor) -> tf.Tensor:
         """The head: hidden states (…, E) to logits (…, V)."""
+        table = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
+            return table.attend(hidden_BTE)
         if self.config.tie_word_embeddings:
             # One two-dimensional product: the table is read as it lies, not transposed first.
-            table_VE = tf.cast(self.get_input_embeddings().embeddings, hidden_BTE.dtype)
+            table_VE = tf.cast(table.embeddings, hidden_BTE.dtype)
             *outer, E = keras.ops.shape(hidden_BTE)
             logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
@@ -524,7 +528,7 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
         """Continue texts; see `opt_tf.generation.generate_text`."""
         return generate_text(self, text, tokenizer, **options)
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -204,8 +204,7 @@ class Decoder:
         self.model = model
         self.prompt = prompt
         self.program = program(prompt.processors)
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = model.get_input_embeddings().weight.dtype
+        self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
 
     def on_device(self, array: np.ndarray) -> Tensor:
@@ -219,7 +218,7 @@ class Decoder:
         start = self.prompt.past_length
         capacity = T + self.prompt.new_tokens
         if past is None:
-            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.dtype, device=self.device)
+            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype, device=self.device)
         else:
             rows_B = self.on_device(past.rows_B)
             self.cache = past.cache.reordered(rows_B).cropped(start).with_room(capacity - start)
@@ -257,7 +256,7 @@ class Decoder:
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         ids_device_BT = self.on_device(ids_BT)
-        embeds_device_BTE = None if embeds_BTE is None else self.on_device(embeds_BTE).to(self.dtype)
+        embeds_device_BTE = None if embeds_BTE is None else self.on_device(embeds_BTE).to(self.model.dtype)
         # Without padding there is no mask, and the kernels take their fast causal path.
         mask_BS = self.mask_BS if self.padded else None
         outputs = self.model.model.decoder(

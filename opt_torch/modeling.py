@@ -31,6 +31,7 @@ from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_torch.lora import Adaptable
+from opt_torch.quantized import Int8Embedding
 from opt_torch.training import Trainable, causal_lm_loss, run_again
 
 
@@ -147,7 +148,7 @@ class OPTDecoder(nn.Module):
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -326,7 +327,7 @@ class OPTModel(Adaptable, Trainable, Pretrained, nn.Module):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -351,7 +352,7 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
         build = Builder(config, dtype, device)
-        self.lm_head = build.linear(E, V, use_bias=False)
+        self.lm_head = build.head(E, V)
         self.tie_weights()
 
     def forward(
@@ -429,14 +430,19 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
         return {"input_ids": input_ids, **arguments}
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+        if not self.config.tie_word_embeddings:
+            return
+        table = self.get_input_embeddings()
+        if isinstance(table, Int8Embedding):
+            self.lm_head: Any = table.head()
+        else:
+            self.lm_head.weight = table.weight
 
 
 def check(
