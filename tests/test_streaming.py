@@ -111,7 +111,7 @@ def test_a_stop_string_may_be_a_special_token_or_half_a_token(tokenizer):
 
 def test_what_may_begin_a_stop_string_is_held_back_and_given_in_the_end(tokenizer):
     ids = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "xabcab"]
-    decoder = TextDecoder(tokenizer, stop_strings=["abd", "abce"])
+    decoder = TextDecoder(tokenizer, stop_strings=["abz", "abce"])
     assert [decoder.push([token]) for token in ids] == ["x", "", "", "", "abc", ""]
     assert decoder.finish() == "ab"
     assert not decoder.stopped
