@@ -10,20 +10,23 @@ from typing import Any, cast
 
 from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.dtypes import parse_dtype
+from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
 from conversion.merge import Weights, merged_weights, weights_of
-from conversion.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes
+from conversion.unfinished import is_left_to_publish
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
-from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
-from opt_common.native_files import home_of
+from opt_common.hub import GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FILES, resolve
+from opt_common.native_files import KERAS_HUB, home_of, is_keras_hub
 from opt_common.params import ARCHITECTURES, Head
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
 """Files beside the weights that go along as they are, where the source has them."""
 
 _MAX_CARRIED_BYTES = 100_000_000
+_MERGES_HEADER = b"#version:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,7 @@ def convert(
     model_parts: int | None = None,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
     **hub: Any,
 ) -> Conversion:
@@ -116,23 +120,28 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf", "flax" or "metaseq".
+        to: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
         config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
+        resume: go on with what an interrupted call with the same arguments has left beside `dst`: weight files that
+            were finished are checked by their digests and used. Without such work, begin from the start.
         progress: show a bar on standard error, if that is a terminal.
         **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
 
     Raises:
         ConfigError: if the source's configuration is no OPT model's.
-        CheckpointError: if the source is damaged or incomplete, the target is refused, the disk is too small, or a
-            number is too large for `dtype`. Nothing is left behind.
-        OSError: if the disk is full or not writable. Nothing is left behind.
+        CheckpointError: if the source is damaged, incomplete, or changes meanwhile, the target is refused, the disk is
+            too small, a number is too large for `dtype`, or an interrupted call's work is in the way. Nothing is left
+            behind.
+        OSError: if the disk is full or not writable. Weight files that are finished are kept for `resume`; a note of
+            the error says where. Otherwise nothing is left behind.
     """
-    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
-        return _carry_out(prepared, progress=progress)
+    options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
+    with _prepared(src, dst, to, *options) as prepared:
+        return _carry_out(prepared, progress=progress, resume=resume)
 
 
 def merge_adapter(
@@ -146,6 +155,7 @@ def merge_adapter(
     model_parts: int | None = None,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
     **hub: Any,
 ) -> Conversion:
@@ -161,22 +171,25 @@ def merge_adapter(
         model_parts: likewise.
         config: likewise.
         force: likewise.
+        resume: likewise.
         progress: likewise.
         **hub: likewise; they are about `base`.
 
     Raises:
         ConfigError: as `convert`, and if the adapter asks for what is not supported.
         CheckpointError: as `convert`, and if the adapter is damaged or does not fit the base.
-        OSError: as `convert`. Nothing is left behind.
+        OSError: as `convert`.
     """
-    with _prepared(base, dst, to, dtype, max_shard_size, model_parts, config, force, hub, adapter) as prepared:
-        return _carry_out(prepared, progress=progress)
+    options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
+    with _prepared(base, dst, to, *options, adapter) as prepared:
+        return _carry_out(prepared, progress=progress, resume=resume)
 
 
-def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
+def _carry_out(prepared: "_Prepared", *, progress: bool, resume: bool) -> Conversion:
     plan, weights = prepared.plan, prepared.weights
     with _bar(plan, show=progress) as advance:
-        write_plan(prepared.target, plan, weights.read, prepared.documents, advance)
+        source = weights.identities
+        write_plan(prepared.target, plan, weights.read, prepared.documents, advance, source=source, resume=resume)
     return Conversion(
         source=prepared.checkpoint.files,
         source_format=prepared.checkpoint.format,
@@ -185,7 +198,7 @@ def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
         files=prepared.files,
         tensors=len(weights.table),
         total_bytes=plan.total_bytes,
-        warnings=tuple(class_limits(weights.config, plan.format, weights.head)),
+        warnings=prepared.warnings,
     )
 
 
@@ -228,7 +241,7 @@ def plan_conversion(
             ),
             needed_bytes=needed_bytes(plan, prepared.documents),
             free_bytes=free_bytes(prepared.target),
-            warnings=tuple(class_limits(prepared.checkpoint.config, to, prepared.checkpoint.head)),
+            warnings=prepared.warnings,
         )
 
 
@@ -246,6 +259,17 @@ class _Prepared:
     def files(self) -> tuple[str, ...]:
         """Names of all files that will be written."""
         return (*self.plan.files, *((self.plan.index,) if self.plan.index else ()), *self.documents)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What other software cannot do with the result, a sentence each."""
+        found = list(class_limits(self.weights.config, self.plan.format, self.weights.head))
+        if self.plan.format == KERAS_HUB and not set(TOKENIZER_ASSETS.values()) <= self.documents.keys():
+            found.append(
+                f"There is no {' and '.join(TOKENIZER_ASSETS)} beside the source, so that the preset has no tokenizer: "
+                f"KerasHub loads it with preprocessor=None."
+            )
+        return tuple(found)
 
 
 @contextlib.contextmanager
@@ -278,7 +302,7 @@ def _prepared(
             bare=weights.head is None,
             model_parts=model_parts,
         )
-        documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
+        documents = documents_of(plan, _carried(source))
         prepared = _Prepared(checkpoint=checkpoint, weights=weights, target=target, plan=plan, documents=documents)
         check_target(target, to, set(prepared.files))
         yield prepared
@@ -301,6 +325,11 @@ def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
 
 def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") -> Iterator[str]:
     """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
+    if format_name == KERAS_HUB and config.attention_dropout != config.dropout:
+        yield (
+            f"In training KerasHub drops out attention probabilities with probability {config.dropout}, as everything, "
+            f"not {config.attention_dropout}."
+        )
     prefix = {"tf": "TF", "flax": "Flax"}.get(format_name)
     if prefix is None:
         return
@@ -326,10 +355,19 @@ def _check_places(source: Path, target: Path, *, force: bool) -> None:
 
 
 def _carried(source: Path) -> dict[str, bytes]:
-    """The contents of the files that go along."""
+    """The contents of the files that go along, under the names that Hugging Face gives them."""
     directory = home_of(source)
-    found = [directory / name for name in CARRIED_FILES if (directory / name).is_file()]
-    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    places = {name: directory / name for name in CARRIED_FILES}
+    if is_keras_hub(directory):
+        del places[TOKENIZER_FILE]  # KerasHub's own is a file of another kind
+        places |= {name: directory / place for name, place in TOKENIZER_ASSETS.items()}
+    found = {name: path for name, path in places.items() if path.is_file()}
+    contents = {name: path.read_bytes() for name, path in found.items() if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    merges = contents.get("merges.txt")
+    if merges is not None and is_keras_hub(directory) and not merges.startswith(_MERGES_HEADER):
+        # KerasHub writes the merges alone; everyone else takes the first line for a header.
+        contents["merges.txt"] = _MERGES_HEADER + b" 0.2\n" + merges
+    return contents
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from conversion.plan import Plan
 from opt_common.errors import CheckpointError
 from opt_common.hub import FORMATS, MetaseqName
+from opt_common.native_files import KERAS_ARCHIVE, KERAS_INDEX, KERAS_WEIGHTS
 
 _OVERHEAD_BYTES = 4096
 """What a file system and the structure of a file take, at most, for each tensor and each file."""
@@ -27,14 +28,21 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
+def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes], *, finished: int = 0) -> None:
     """Make sure that there is room for a plan, before hours are spent on it.
+
+    Args:
+        directory: where to.
+        plan: what is to be written.
+        documents: further files by name.
+        finished: bytes of it that are on the disk already.
 
     Raises:
         CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
     """
-    if (free := free_bytes(directory)) < needed_bytes(plan, documents):
-        raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
+    needed = needed_bytes(plan, documents) - finished
+    if (free := free_bytes(directory)) < needed:
+        raise CheckpointError(no_room(directory, needed, free))
 
 
 def no_room(directory: Path, needed: int, free: int) -> str:
@@ -65,6 +73,8 @@ def check_target(directory: Path, format_name: str, names: set[str]) -> None:
 
 def _is_weights(name: str) -> bool:
     """Whether a file of this name is part of a checkpoint."""
+    if name.endswith((KERAS_WEIGHTS, KERAS_ARCHIVE, KERAS_INDEX)):
+        return True
     return MetaseqName.parse(name) is not None or any(
         name in (files.single, files.index) or files.is_shard(name) for files in FORMATS.values()
     )
@@ -78,12 +88,16 @@ def publish(staging: Path, directory: Path, last: str) -> None:
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    new = sorted(path.name for path in staging.iterdir())
-    (directory / last).unlink(missing_ok=True)
-    sync(directory)
-    for name in [*(name for name in new if name != last), last]:
+    names = (path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    new = sorted(names, key=lambda name: (name == last, name))
+    if last in new:  # else an earlier run was interrupted after it
+        (directory / last).unlink(missing_ok=True)
+        sync(directory)
+    for name in new:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(directory / name)
-    sync(directory)
+    for path in {(directory / name).parent for name in new}:
+        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -26,6 +26,9 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "s
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 """Values of `problem_type`: which loss a sequence classifier has."""
 
+QUANTIZATIONS = ("int8-dynamic", "int8", "int4")
+"""Values of `quantization`; `opt_common.quantization` defines each of them."""
+
 _DEFAULT_NUM_LABELS = 2
 _MOST_UNNAMED_LABELS = 20_000  # their names are made up: a number alone must not take much memory
 
@@ -82,6 +85,7 @@ class OPTConfig:
         id2label: name of each output; None means "LABEL_0", "LABEL_1", ….
         label2id: output of each name; None means the inverse of `id2label`.
         problem_type: one of `PROBLEM_TYPES`, or None: each call with labels then infers it (`problem_type_of`).
+        quantization: one of `QUANTIZATIONS`: matrices are rounded to few bits when they are loaded; None: they are not.
         dtype: dtype that the checkpoint's tensors are stored in ("float16", …), or None when unknown.
         extra: every other key of the `config.json` that was read; written back as it came.
 
@@ -115,6 +119,7 @@ class OPTConfig:
     id2label: Mapping[int, str] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     label2id: Mapping[str, int] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     problem_type: str | None = None
+    quantization: str | None = None
     dtype: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
 
@@ -208,8 +213,9 @@ class OPTConfig:
         del values["num_labels"]
         if _labels(None, None, None) == {name: getattr(self, name) for name in ("num_labels", "id2label", "label2id")}:
             del values["id2label"], values["label2id"]
-        if self.problem_type is None:
-            del values["problem_type"]
+        for name in ("problem_type", "quantization"):
+            if values[name] is None:
+                del values[name]
         # Every version of transformers reads `torch_dtype`; only recent ones read `dtype`.
         values["torch_dtype"] = values.pop("dtype")
         if values["torch_dtype"] is None:
@@ -361,6 +367,11 @@ def _problems(config: OPTConfig) -> list[str]:
         token = getattr(config, name)
         in_table = _is_int(token) and _is_int(config.vocab_size) and 0 <= token < config.vocab_size
         check(name, token is None or in_table, f"null or an id from 0 to vocab_size - 1 ({config.vocab_size})")
+    check(
+        "quantization",
+        config.quantization is None or config.quantization in QUANTIZATIONS,
+        f"null or one of {', '.join(QUANTIZATIONS)}",
+    )
     dtype: Any = config.dtype
     check("dtype", dtype is None or isinstance(dtype, str), "null or the name of a dtype")
     return problems + _label_problems(config)

@@ -36,10 +36,11 @@ from opt_common.native_files import (
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -494,7 +495,7 @@ def _fetch(repository: _Repository, names: Set[str]) -> Path:
         raise CheckpointError(_gated(repository)) from None
     except _network_errors() as error:
         raise CheckpointError(
-            f"Fetching {repository} failed: {_in_short(error)}. Try again; what has come is kept."
+            f"Fetching {repository} failed: {_in_short(error)}. Try again; the files that have come are kept."
         ) from None
     return Path(directory)
 
