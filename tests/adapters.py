@@ -195,7 +195,8 @@ class Adapter:
         """Continue prompts."""
         with self.scope(model):
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
-            return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
+            ids = None if input_ids is None else self.tensor(np.asarray(input_ids))
+            return self.array(model.generate(ids, mask, **options))
 
     def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         """Continue prompts, and get the whole record, in NumPy."""
@@ -203,11 +204,13 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
             values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            cache = values.pop("past_key_values")
             return type(record)(
+                past_key_values=cache,
                 **{
                     name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
                     for name, value in values.items()
-                }
+                },
             )
 
     def optional_array(self, value: Any) -> np.ndarray | None:
@@ -222,6 +225,10 @@ class Adapter:
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
+
+    def compilations(self) -> int:
+        """How many programs generation's steps have been compiled into so far."""
+        return 0
 
     def int8_product(self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """`opt_common.quantization.int8_product`."""
@@ -523,6 +530,10 @@ class TFAdapter(Adapter):
         finally:
             self.tf.config.run_functions_eagerly(False)
 
+    def compilations(self) -> int:
+        module = importlib.import_module("opt_tf.generation")
+        return sum(step.experimental_get_tracing_count() for step in module._STEPS.values())
+
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
@@ -638,6 +649,10 @@ class FlaxAdapter(Adapter):
 
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         return self.jax.disable_jit()
+
+    def compilations(self) -> int:
+        steps = vars(importlib.import_module("opt_flax.generation")).values()
+        return sum(step._cache_size() for step in steps if hasattr(step, "_cache_size"))
 
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.precision(str(value.dtype)):

@@ -88,6 +88,7 @@ SANCTIONED = {
     "cache.py": {
         "KVCache.written =": (BOTH, "only PyTorch writes in place, and must know who else has"),
         "KVCache.with_room: *": (BOTH, "padding makes room in one call"),
+        "KVCache.gathered: rows_B1": (("tf",), "gathering has a word for rows"),
         "append: T": (("flax",), "slices are written by their start alone"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*KVCache.__tf_*": (("tf",), "how tf.function takes a cache apart"),
@@ -241,7 +242,7 @@ SANCTIONED = {
     },
     "selection.py": {},
     "generation.py": {
-        "generate: *": (("tf",), "Keras passes the mode as an argument"),
+        "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
         "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
         "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),
