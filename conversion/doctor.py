@@ -230,7 +230,8 @@ def _number_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
 
 def _peak(name: str, array: Array) -> float:
     """Largest magnitude in an array; not finite if one of its numbers is not."""
-    peaks = [float(np.abs(piece).astype(np.float64).max(initial=0.0)) for piece in pieces(array, array.dtype, name)]
+    with np.errstate(invalid="ignore"):  # of NaNs that signal
+        peaks = [float(np.abs(piece).astype(np.float64).max(initial=0.0)) for piece in pieces(array, array.dtype, name)]
     return float(np.max([0.0, *peaks]))  # unlike Python's max, it lets NaN through
 
 

@@ -223,6 +223,20 @@ def test_every_field_of_an_archive_is_checked(tmp_path: Path):
             pytest.fail(f"{name} changed by {change} is not noticed")
 
 
+def test_a_record_marked_as_a_folder(tmp_path: Path):
+    content = bytearray(zipped(b"\x80\x02}.", {"x/data/0": bytes(64)}))
+    content[content.index(b"PK\x01\x02") + 38] |= 0x10
+    (tmp_path / "x").write_bytes(content)
+    assert "folder" in is_refused(lambda: READERS["torch"](tmp_path / "x"), len(content))
+
+
+def test_a_storage_whose_name_is_nested_without_end(tmp_path: Path):
+    parts = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})]
+    nested = b"\x80\x02])" + b"\x85" * 50_000 + b"a."
+    (tmp_path / "x").write_bytes(b"".join(parts) + nested)
+    assert "has no name" in is_refused(lambda: READERS["torch"](tmp_path / "x"), 60_000)
+
+
 def test_an_archive_of_more_than_32_bits_is_read(tmp_path: Path):
     """What PyTorch writes for any file: the numbers stand in a second end of the directory."""
     buffer = io.BytesIO()

@@ -230,7 +230,9 @@ def _read_old(path: Path, buffer: mmap.mmap, *, inert: bool) -> tuple[Any, dict[
     position = buffer.tell()
     for key in cast("list[Any]", keys):
         if not isinstance(key, str) or key not in itemsizes or key in offsets:
-            raise damaged(path, f"it lists a storage {key!r:.40} that no tensor uses, or lists it twice")
+            # Nothing but a text is shown: what is nested without end can't be.
+            shown = repr(key)[:40] if isinstance(key, str) else "that has no name"
+            raise damaged(path, f"it lists a storage {shown} that no tensor uses, or lists it twice")
         count = int.from_bytes(buffer[position : position + _OLD_COUNT_BYTES], "little")
         start, size = position + _OLD_COUNT_BYTES, count * itemsizes[key]
         position = start + size

@@ -20,7 +20,7 @@ LOCAL_HEADER_BYTES = 30
 """Length of a record's header, without the record's name and what else comes between it and the bytes."""
 
 _ENTRY, _END, _END_64, _LOCATOR = b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
-_ENTRY_FIELDS = struct.Struct("<4s4xHH8xIIHHH8xI")
+_ENTRY_FIELDS = struct.Struct("<4s4xHH8xIIHHH4xII")
 _END_FIELDS = struct.Struct("<4s4xHHIIH")
 _END_64_FIELDS = struct.Struct("<4s20xQQQQ")
 _LOCATOR_FIELDS = struct.Struct("<4s4xQ4x")
@@ -28,6 +28,7 @@ _LONGEST_COMMENT = 65535
 
 _STORED = 0
 _ENCRYPTED = 1
+_FOLDER = 0x10
 _MAX_RECORDS = 50_000  # a state dict has one for each tensor, and the largest OPT fifteen hundred of them
 _MAX_NAME_BYTES = 1000
 _IN_EXTRA = (1 << 32) - 1
@@ -82,7 +83,7 @@ def _entries(path: Path, buffer: mmap.mmap) -> Iterator[_Entry]:
         if position + _ENTRY_FIELDS.size > end:
             raise damaged(path, "the archive's directory ends in the middle")
         fields = _ENTRY_FIELDS.unpack_from(buffer, position)
-        signature, flags, method, packed, size, name_bytes, extra_bytes, comment_bytes, header = fields
+        signature, flags, method, packed, size, name_bytes, extra_bytes, comment_bytes, attributes, header = fields
         start = position + _ENTRY_FIELDS.size
         position = start + name_bytes + extra_bytes + comment_bytes
         if signature != _ENTRY or position > end or name_bytes > _MAX_NAME_BYTES:
@@ -93,6 +94,8 @@ def _entries(path: Path, buffer: mmap.mmap) -> Iterator[_Entry]:
             raise damaged(path, "the name of a record is not UTF-8") from None
         extra = buffer[start + name_bytes : start + name_bytes + extra_bytes]
         size, packed, header = _wide(path, (size, packed, header), extra)
+        if attributes & _FOLDER:
+            raise damaged(path, f"the record {name!r} is marked as a folder, which PyTorch would not read")
         if method != _STORED or size != packed or flags & _ENCRYPTED:
             raise CheckpointError(
                 f"{path}: record {name!r} is compressed or encrypted, which no framework does to weights. "
