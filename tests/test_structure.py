@@ -161,6 +161,11 @@ SANCTIONED = {
     },
     "training.py": {
         "*(gradient_checkpointing_kwargs)": (BOTH, "only PyTorch's checkpointing has options"),
+        "*(offload)": (BOTH, "what transformers.Trainer, which is PyTorch's, wants to see"),
+        "*activation_checkpointing*": (BOTH, "as above"),
+        "*accepts_loss_kwargs*": (BOTH, "as above"),
+        "*loss_type*": (BOTH, "as above"),
+        "*_tied_head*": (BOTH, "only PyTorch's state has the tied table under two names"),
         "*gradient_checkpointing_enable: decoder": (BOTH, "as above"),
         "run_again(options)": (BOTH, "as above"),
         "run_again: *": (("tf",), "random numbers and the order of a graph are kept by hand"),
