@@ -48,6 +48,11 @@ class Adapter:
                 return HEAD_MODULES[module]
         return None
 
+    @property
+    def bare(self) -> bool:
+        """Whether it was trained on a decoder without a head."""
+        return any(name.startswith(f"{STORED_PREFIX}decoder.") for name in self.tensors)
+
     def read(self, name: str) -> Array:
         """A tensor in PyTorch's layout and the stored dtype, read-only."""
         return self._reader.read(name)

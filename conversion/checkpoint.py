@@ -31,6 +31,7 @@ from conversion.tensors import Array, Reader, TensorInfo
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, read_index, states_its_config
+from opt_common.links import refuse_links_outside
 from opt_common.native_files import (
     KERAS,
     KERAS_ARCHIVE,
@@ -100,6 +101,7 @@ class Checkpoint:
             # Only weights that state it themselves are opened without one.
             config = config or _config_beside(files[0])
             self.config: OPTConfig = config
+            self._check_layers()
             self.left_out = self._leave_out()
             self._settle_head()
         except BaseException:
@@ -159,6 +161,8 @@ class Checkpoint:
 
     def _add(self, path: Path, reader: Reader) -> None:
         self._readers.append(reader)
+        if odd := [native for native in reader.tensors if not native.isprintable()]:
+            raise CheckpointError(f"{path} has a tensor named {odd[0]!a:.200}. Don't trust this file.")
         for name, (native, transposed) in canonical_names(reader.tensors, reader.scheme).items():
             if name in self._tensors:
                 raise CheckpointError(f"{path} and another shard both hold {name}. Fetch the checkpoint again.")
@@ -175,6 +179,15 @@ class Checkpoint:
         for name in others:
             del self._tensors[name]
         return tuple(others.values())
+
+    def _check_layers(self) -> None:
+        """A table of parameters is made for each layer: a number in a file alone must not take memory."""
+        layers, held = self.config.num_hidden_layers, len(self._tensors)
+        if layers > held:
+            raise CheckpointError(
+                f"{CONFIG_FILE} says num_hidden_layers {layers}, but the weights in {self.files[0].parent} are "
+                f"{held} tensors. Fetch the checkpoint again."
+            )
 
     def _settle_head(self) -> None:
         """A tied model has one tensor for token table and head, under whichever name; only the first is canonical."""
@@ -339,6 +352,7 @@ def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
     shards = tuple(path.parent / name for name in sorted(set(read_index(index).values())))
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(f"{path} names files that are absent: {', '.join(missing)}. Fetch them.")
+    refuse_links_outside(index, shards)
     return format_name, shards, index
 
 

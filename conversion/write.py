@@ -26,7 +26,7 @@ def write_plan(
         directory: where to.
         plan: what to write.
         read: gives each parameter; called as for `save_checkpoint`, in the order of the plan.
-        documents: further files by name.
+        documents: further files by name, or by their path below the directory.
         progress: called with the bytes of each tensor that has been written.
     """
     directory = directory.resolve()  # a link to a directory on another disk needs its staging there
@@ -39,6 +39,7 @@ def write_plan(
         for file, shard in zip(plan.files, plan.shards, strict=True):
             _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
         for name, content in documents.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(content)
 
 

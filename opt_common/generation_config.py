@@ -1,7 +1,6 @@
 """The settings of text generation: `generation_config.json` and the keywords of `generate`."""
 
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -12,8 +11,9 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.errors import GenerationError, join_problems
+from opt_common.json_file import UnreadableError, read_json
 from opt_common.native_files import home_of
-from opt_common.strategies import strategy_of, useless_settings
+from opt_common.strategies import TOKEN_BY_TOKEN, strategy_of, useless_settings
 from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
@@ -35,6 +35,9 @@ class GenerationConfig:
         eos_token_id: ids that end a row: one, several or none.
         pad_token_id: what a finished row emits; None means the first of `eos_token_id`.
         bos_token_id: id in front of every text.
+        stop_strings: one or several texts, each of which ends a row that it occurs in, wherever its tokens begin. The
+            token that completes it is a row's last one. `generate` then needs the tokenizer.
+        max_time: seconds after which every row ends, at the earliest after its first token.
 
     How tokens are chosen:
 
@@ -87,6 +90,8 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    max_time: float | None = None
     do_sample: bool = False
     seed: int | None = None
     num_return_sequences: int = 1
@@ -138,6 +143,11 @@ class GenerationConfig:
         """The name of the one strategy that these settings ask for; see `opt_common.strategies`."""
         return strategy_of(self)
 
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
+        return self.strategy in TOKEN_BY_TOKEN
+
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
         """The settings a model has when it comes without a `generation_config.json`."""
@@ -160,8 +170,8 @@ class GenerationConfig:
         if not path.is_file():
             return defaults
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            values = read_json(path)
+        except (FileNotFoundError, UnreadableError) as error:
             raise GenerationError(f"{path} is not readable as JSON: {error}. Fetch it again, or delete it.") from None
         if not isinstance(values, dict):
             raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")
@@ -268,6 +278,13 @@ def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     return tuple((_sequence(ids), _number(-math.inf, math.inf)(bias)) for ids, bias in pairs)
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    several: tuple[Any, ...] = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(text, str) and text for text in several):
+        raise ValueError
+    return several
+
+
 def _decay(value: Any) -> tuple[int, float]:
     start, factor = value
     return _id(start), _number(0, math.inf, open_below=True)(factor)
@@ -289,6 +306,8 @@ _RULES = {
     "eos_token_id": _ID_LIST,
     "pad_token_id": _ONE_ID,
     "bos_token_id": _ONE_ID,
+    "stop_strings": _Rule("a text or a list of texts, none of them empty", _texts),
+    "max_time": _Rule("a number of seconds above 0", _number(0, math.inf, open_below=True)),
     "do_sample": _FLAG,
     "seed": _COUNT,
     "num_return_sequences": _POSITIVE,

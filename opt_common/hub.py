@@ -14,7 +14,6 @@ Importing this module loads no network client; naming a directory never touches 
 """
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from opt_common.errors import CheckpointError
+from opt_common.json_file import UnreadableError, read_json
+from opt_common.links import refuse_links_outside
 from opt_common.native_files import (
     KERAS_ARCHIVE,
     KERAS_INDEX,
@@ -35,10 +36,11 @@ from opt_common.native_files import (
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -199,6 +201,8 @@ def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tu
     paths = tuple(directory / name for name in files)
     for path in paths:
         _refuse_lfs_pointer(path)
+    if index is not None:
+        refuse_links_outside(directory / index, paths)
     return format_name, paths, None if index is None else directory / index
 
 
@@ -213,8 +217,8 @@ def read_index(path: Path) -> dict[str, str]:
     """
     suffix = "." + path.name.removesuffix(_INDEX_SUFFIX).rpartition(".")[2]
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content: Any = read_json(path)
+    except (FileNotFoundError, UnreadableError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
     weight_map: Any = cast("dict[str, Any]", content).get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

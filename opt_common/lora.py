@@ -16,6 +16,7 @@ from typing import Any, Self, cast
 
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
+from opt_common.json_file import UnreadableError, read_json
 from opt_common.params import Head, Parameter, head_of, parameter_table
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -132,10 +133,10 @@ class LoraConfig:
             ConfigError: if it is absent, no JSON object, or as for `from_dict`.
         """
         try:
-            values: Any = json.loads(path.read_bytes())
+            values: Any = read_json(path)
         except FileNotFoundError:
             raise ConfigError(f"There is no {path}. Name a directory that an adapter was saved to.") from None
-        except (ValueError, RecursionError) as error:
+        except UnreadableError as error:
             raise ConfigError(f"{path} is not valid JSON ({error}). Fetch it again.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} is not a JSON object. Fetch it again.")

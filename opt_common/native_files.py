@@ -4,13 +4,14 @@ None of them is a format of the Hugging Face hub. In a directory they are looked
 one of them a user has to name it.
 """
 
-import json
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, cast
 
+from opt_common import json_file
 from opt_common.errors import CheckpointError
+from opt_common.links import refuse_links_outside
 
 KERAS = "keras"
 """Name of the format of Keras 3: `.weights.h5`, `.keras`, and shards with their `.weights.json`."""
@@ -31,7 +32,6 @@ _ORBAX_TREE = "_METADATA"
 _ORBAX_MARKS = ("manifest.ocdbt", "_CHECKPOINT_METADATA", "commit_success.txt")
 _CONFIG_FILE = "config.json"
 _PLAIN_SHARD = re.compile(r"\w[\w.-]*\.weights\.h5", re.ASCII)
-_MAX_JSON_BYTES = 100_000_000
 
 
 def native_weights(directory: Path, names: Set[str]) -> tuple[str, tuple[Path, ...]] | None:
@@ -84,7 +84,9 @@ def keras_files(path: Path) -> tuple[Path, ...]:
         )
     if missing := sorted(name for name in shards if not (path.parent / name).is_file()):
         raise CheckpointError(f"{path} names files that are absent: {', '.join(missing[:5])}. Fetch them.")
-    return tuple(path.parent / name for name in sorted(shards))
+    found = tuple(path.parent / name for name in sorted(shards))
+    refuse_links_outside(path, found)
+    return found
 
 
 def is_keras_hub(directory: Path) -> bool:
@@ -136,10 +138,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
         CheckpointError: if there is none.
     """
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} is too large for a description of a model. Don't trust this checkpoint.")
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content: Any = json_file.read_json(path)
+    except (FileNotFoundError, json_file.UnreadableError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}. Fetch the file again.")

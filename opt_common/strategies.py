@@ -13,6 +13,12 @@ STRATEGIES = {
 }
 """Name of each strategy, as Hugging Face has it, and what it does."""
 
+TOKEN_BY_TOKEN = ("greedy_search", "sample")
+"""Strategies that append tokens and take none back, so that a text can be shown as it grows."""
+
+KEEPS_CACHE = TOKEN_BY_TOKEN
+"""Strategies whose last step has read the very rows that come back."""
+
 
 def strategy_of(settings: "GenerationConfig") -> str:
     """The one strategy that some settings ask for, by the precedence of Hugging Face's `get_generation_mode`."""

@@ -25,6 +25,7 @@ from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
 from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
+from opt_flax.quantized import Int8Embedding
 from opt_flax.training import Trainable
 
 # Results pass through jax.jit.
@@ -53,7 +54,7 @@ class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Mod
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.score = build.linear(E, C, use_bias=False)
 
     def __call__(
@@ -120,7 +121,7 @@ class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Mod
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -146,7 +147,7 @@ class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.qa_outputs = build.linear(E, 2, use_bias=True)
 
     def __call__(
@@ -213,7 +214,7 @@ class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

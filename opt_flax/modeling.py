@@ -12,6 +12,7 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,12 +28,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
-from opt_flax.generation import generate
+from opt_flax.generation import generate, generate_text, stream
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_flax.lora import Adaptable
+from opt_flax.quantized import Int8Embedding
 from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
@@ -151,7 +154,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -339,7 +342,7 @@ class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return not self.decoder.layer_dropout.deterministic
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -368,7 +371,7 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         self.dtype = self.model.dtype
         if not config.tie_word_embeddings:
             build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
-            self.lm_head = build.linear(E, V, use_bias=False)
+            self.lm_head = build.head(E, V)
 
     def __call__(
         self,
@@ -432,17 +435,25 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(
-        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+        self, input_ids: ArrayLike | None = None, attention_mask: ArrayLike | None = None, **options: Any
     ) -> Array | GenerateOutput:
         """Continue each prompt; see `opt_flax.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_flax.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_flax.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
 
     @property
     def training(self) -> bool:
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -25,6 +25,7 @@ from opt_tf.checkpoint import Pretrained
 from opt_tf.layers import Builder
 from opt_tf.lora import Adaptable
 from opt_tf.modeling import TFOPTModel, check_call
+from opt_tf.quantized import Int8Embedding
 from opt_tf.training import Trainable, register_record
 
 register_record(OPTSequenceClassifierOutput)
@@ -58,7 +59,7 @@ class TFOPTForSequenceClassification(Adaptable, Trainable, Pretrained, keras.Mod
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.score = build.linear(E, C, use_bias=False, name="score")
         self.build()
 
@@ -123,7 +124,7 @@ class TFOPTForSequenceClassification(Adaptable, Trainable, Pretrained, keras.Mod
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -169,7 +170,7 @@ class TFOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, keras.Model):
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.qa_outputs = build.linear(E, 2, use_bias=True, name="qa_outputs")
         self.build()
 
@@ -233,7 +234,7 @@ class TFOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, keras.Model):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -17,7 +17,7 @@ S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_d
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,12 +30,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
-from opt_tf.generation import generate
-from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
+from opt_tf.generation import generate, generate_text, stream
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Embedding, Linear
 from opt_tf.lora import Adaptable
+from opt_tf.quantized import Int8Embedding
 from opt_tf.training import Trainable, causal_lm_loss, register_record, run_again
 
 if keras.version().startswith("2."):
@@ -175,7 +177,7 @@ class TFOPTDecoder(keras.layers.Layer):
         super().__init__(dtype=build.dtype, name="decoder")
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id, name="embed_tokens")
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id, name="embed_tokens")
         P = config.max_position_embeddings + POSITION_OFFSET
         self.embed_positions = build.embedding(P, D, name="embed_positions")
         if config.has_projection:
@@ -386,7 +388,7 @@ class TFOPTModel(Adaptable, Trainable, Pretrained, keras.Model):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -435,7 +437,7 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
         )
         if not config.tie_word_embeddings:
             build = Builder(config, self.dtype_policy, new_weights)
-            self.lm_head = build.linear(E, V, use_bias=False, name="lm_head")
+            self.lm_head = build.head(E, V, name="lm_head")
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -490,11 +492,11 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
             output_logits = labels is None or not training
         loss = None
         if labels is not None:
-            if self.config.tie_word_embeddings:
+            head = self.logits  # of a layer of another kind, such as one with an adapter or of 8 bits
+            if self.config.tie_word_embeddings and type(self.get_input_embeddings()) is Embedding:
                 head = (self.get_input_embeddings().embeddings, True)
-            else:
-                # A layer of another kind, as with an adapter, is more than its kernel.
-                head = (self.lm_head.kernel, False) if type(self.lm_head) is Linear else self.logits
+            elif not self.config.tie_word_embeddings and type(self.lm_head) is Linear:
+                head = (self.lm_head.kernel, False)
             labels = tf.convert_to_tensor(labels)
             loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
@@ -507,21 +509,30 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
 
     def logits(self, hidden_BTE: tf.Tensor) -> tf.Tensor:
         """The head: hidden states (…, E) to logits (…, V)."""
+        table = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
+            return table.attend(hidden_BTE)
         if self.config.tie_word_embeddings:
             # One two-dimensional product: the table is read as it lies, not transposed first.
-            table_VE = tf.cast(self.get_input_embeddings().embeddings, hidden_BTE.dtype)
+            table_VE = tf.cast(table.embeddings, hidden_BTE.dtype)
             *outer, E = keras.ops.shape(hidden_BTE)
             logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
         return self.lm_head(hidden_BTE)
 
-    def generate(
-        self, input_ids: Any, attention_mask: Any | None = None, **settings: Any
-    ) -> tf.Tensor | GenerateOutput:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> tf.Tensor | GenerateOutput:
         """Continue each prompt; see `opt_tf.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_tf.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_tf.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
+
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -23,6 +23,7 @@ from opt_torch.checkpoint import Pretrained
 from opt_torch.layers import Builder
 from opt_torch.lora import Adaptable
 from opt_torch.modeling import OPTModel, check
+from opt_torch.quantized import Int8Embedding
 from opt_torch.training import Trainable
 
 
@@ -44,7 +45,7 @@ class OPTForSequenceClassification(Adaptable, Trainable, Pretrained, nn.Module):
         C, E = config.num_labels, config.word_embed_proj_dim
         self.config = config
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
-        build = Builder(config, dtype, device)
+        build = Builder(config.replace(quantization=None), dtype, device)
         self.score = build.linear(E, C, use_bias=False)
 
     def forward(
@@ -106,7 +107,7 @@ class OPTForSequenceClassification(Adaptable, Trainable, Pretrained, nn.Module):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -129,7 +130,7 @@ class OPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nn.Module):
         E = config.word_embed_proj_dim
         self.config = config
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
-        build = Builder(config, dtype, device)
+        build = Builder(config.replace(quantization=None), dtype, device)
         self.qa_outputs = build.linear(E, 2, use_bias=True)
 
     def forward(
@@ -191,7 +192,7 @@ class OPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nn.Module):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -12,7 +12,7 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
-from opt_torch.generation import generate
+from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_torch.lora import Adaptable
+from opt_torch.quantized import Int8Embedding
 from opt_torch.training import Trainable, causal_lm_loss, leave_out_tied_head, put_back_tied_head, run_again
 
 
@@ -146,7 +148,7 @@ class OPTDecoder(nn.Module):
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -325,7 +327,7 @@ class OPTModel(Adaptable, Trainable, Pretrained, nn.Module):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -350,7 +352,7 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
         build = Builder(config, dtype, device)
-        self.lm_head = build.linear(E, V, use_bias=False)
+        self.lm_head = build.head(E, V)
         self.tie_weights()
         self.register_state_dict_post_hook(leave_out_tied_head)
         self.register_load_state_dict_pre_hook(put_back_tied_head)
@@ -413,23 +415,36 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_torch.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_torch.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
         """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
         return {"input_ids": input_ids, **arguments}
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
+        if not self.config.tie_word_embeddings:
+            return
+        table = self.get_input_embeddings()
+        if isinstance(table, Int8Embedding):
+            self.lm_head: Any = table.head()
+        else:
+            self.lm_head.weight = table.weight
 
 
 def check(

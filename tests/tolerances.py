@@ -49,6 +49,12 @@ FLOAT64_GRADIENT = Tolerance(absolute=1e-9, why="as FLOAT64; gradients of summed
 PROCESSED = Tolerance(
     absolute=1e-6, relative=1e-7, why="one float32 rounding of the goldens themselves, 6e-8 of scores up to 30"
 )
+INT8_PRODUCT = Tolerance(
+    absolute=1e-6,
+    relative=2e-4,
+    why="an input between two integers may be rounded either way: one step of its row's scale",
+)
+INT4_PRODUCT = Tolerance(absolute=1e-6, relative=8e-3, why="inputs and results of the kernel are bfloat16: 8 bits")
 CACHE_FLOAT64 = Tolerance(absolute=1e-10, why="a step computes the full pass's sums over the same keys")
 FLOAT16 = Tolerance(
     absolute=2e-3,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from conversion.dtypes import BY_NAME
-from conversion.formats.hdf5_structure import DamagedError, File, Object
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
+from conversion.formats.hdf5_structure import DamagedError, File, Object, check_apart
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, frozen, map_file, pieces, view
 from opt_common.params import HEAD_MODULES, Scheme
 
 SCHEME: Scheme = "keras"
@@ -62,6 +62,7 @@ class Hdf5Reader:
             root = File(self._buffer).root
             for name, where in _names(root).items():
                 self._stored[name] = _stored(name, _descend(root, where))
+            check_apart({name: (stored.start, stored.raw.nbytes) for name, stored in self._stored.items()})
         except DamagedError as error:
             raise damaged(path, str(error)) from None
         self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
@@ -74,7 +75,7 @@ class Hdf5Reader:
         bits = raw.view(np.uint32)
         if (bits & 0xFFFF).any():
             raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
-        return (bits >> 16).astype(np.uint16).view(stored.info.dtype)
+        return frozen((bits >> 16).astype(np.uint16).view(stored.info.dtype))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.

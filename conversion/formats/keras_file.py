@@ -6,7 +6,6 @@ that the class and the configuration are read; nothing that it names is imported
 Tensors are named after the modules around them and the leaf names of Keras: `model/decoder/layers/0/fc1/kernel`.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from conversion.formats.zip_records import records
 from conversion.tensors import Array, TensorInfo, damaged, map_file
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
+from opt_common.json_file import MAX_BYTES, UnreadableError, parse_json
 from opt_common.native_files import KERAS_ARCHIVE
 from opt_common.params import ARCHITECTURES, LEAVES, Scheme, module_kind
 
@@ -25,7 +25,7 @@ SCHEME: Scheme = "keras"
 _DECODER = ("model", "decoder")
 _LISTED = "layers"
 _ARCHIVED_WEIGHTS, _ARCHIVED_CONFIG = "model.weights.h5", "config.json"
-_MAX_CONFIG_BYTES = 10_000_000
+_MAX_CONFIG_BYTES = MAX_BYTES
 _PACKAGE = "opt_tf>TF"
 
 
@@ -110,8 +110,8 @@ def _leaf(variable: Variable) -> str:
 def _config(path: Path, content: bytes) -> OPTConfig:
     """The configuration in the description of a model."""
     try:
-        described: Any = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        described: Any = parse_json(content)
+    except UnreadableError as error:
         raise damaged(path, f"its {_ARCHIVED_CONFIG} is no JSON ({error})") from None
     described = cast("dict[str, Any]", described) if isinstance(described, dict) else {}
     name, options = described.get("registered_name"), described.get("config")

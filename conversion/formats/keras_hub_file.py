@@ -3,8 +3,9 @@
 A preset is a directory: `config.json` (of KerasHub's own kind), `model.weights.h5` or shards of it, and the tokenizer.
 The architecture is that of the pre-norm models with biases; `limits` says what it can't hold.
 
-KerasHub numbers positions from 0 and has no rows for `opt_common.config.POSITION_OFFSET`. They are left out when a
-preset is written, and zeros when one is read: row 0 is never used, and row 1 at padding only, which nothing attends to.
+KerasHub numbers positions from 0 and has no rows for `opt_common.config.POSITION_OFFSET`: row 0 is never used, and row
+1 at padding only, which nothing attends to. What is written has them in a group of its own, and the whole configuration
+in `metadata.json`; KerasHub passes over both. Where they are absent, as in KerasHub's own files, the rows are zeros.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 
 from conversion.dtypes import BY_NAME
 from conversion.formats.hdf5_file import allocate, fill, h5py
-from conversion.formats.keras_variables import KerasVariables, Step, Variable
+from conversion.formats.keras_variables import KerasVariables, Variable
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file
 from opt_common.config import POSITION_OFFSET, OPTConfig
 from opt_common.errors import CheckpointError
@@ -38,6 +39,8 @@ _LAYER = "transformer_decoder"
 
 
 _LISTED, _VARIABLES = "layers", "vars"
+_FRONT_ROWS = "opt_models/embed_positions/vars/0"
+_CONFIG_KEY = "opt_config"
 _BACKBONE = "keras_hub>OPTBackbone"
 _BFLOAT16 = BY_NAME["bfloat16"].numpy
 
@@ -87,22 +90,31 @@ class KerasHubReader:
         self._held = KerasVariables(path, map_file(path))
         self.scheme: Scheme = SCHEME
         self._stored: dict[str, Variable] = {}
+        self._front: Variable | None = None
         tensors: dict[str, TensorInfo] = {}
         for variable in self._held.variables:
-            place, name = _meaning(variable.steps, variable.number)
+            place, name = _meaning(variable)
+            if name == _FRONT_ROWS:
+                self._front = variable
+                continue
             if name in self._stored:
                 raise damaged(path, f"{name} is there twice")
             self._stored[name] = variable
             shape = _joined(variable.info.shape, place, self.config, path)
             tensors[name] = TensorInfo(variable.info.dtype, shape)
         self.tensors: Mapping[str, TensorInfo] = tensors
+        table = tensors.get("model/decoder/embed_positions/embeddings")
+        rows = None if table is None else TensorInfo(table.dtype, (POSITION_OFFSET, *table.shape[1:]))
+        if self._front is not None and self._front.info != rows:
+            raise damaged(path, f"{_FRONT_ROWS} does not fit the position table")
 
     def read(self, name: str) -> Array:
         array = self._held.read(self._stored[name])
         info = self.tensors[name]
         if array.ndim == len(info.shape) and array.shape != info.shape:
-            # The rows of the position table that KerasHub has not.
             rows = np.zeros((POSITION_OFFSET, *array.shape[1:]), array.dtype)
+            if self._front is not None:
+                rows[:] = self._held.read(self._front)
             array = np.concatenate([rows, array])
             array.flags.writeable = False
         return array.reshape(info.shape)
@@ -128,12 +140,12 @@ def config_of(directory: Path) -> OPTConfig:
         ConfigError: if it is one that no model can have.
     """
     described = read_json(directory / "config.json")
-    values: Any = described.get("config")
-    if described.get("registered_name") != _BACKBONE or not isinstance(values, dict):
+    stated: Any = described.get("config")
+    if described.get("registered_name") != _BACKBONE or not isinstance(stated, dict):
         raise CheckpointError(
             f"{directory} is a preset of {described.get('registered_name')!r:.80}, expected {_BACKBONE}."
         )
-    stated = cast("dict[str, Any]", values)
+    stated = cast("dict[str, Any]", stated)
     fields = {
         "vocab_size": "vocabulary_size",
         "num_hidden_layers": "num_layers",
@@ -144,16 +156,18 @@ def config_of(directory: Path) -> OPTConfig:
     }
     if missing := [name for name in fields.values() if name not in stated]:
         raise CheckpointError(f"{directory / 'config.json'} lacks {', '.join(missing)}. Fetch the file again.")
+    values = {field: stated[name] for field, name in fields.items()}
+    metadata = directory / "metadata.json"
+    written: Any = read_json(metadata).get(_CONFIG_KEY) if metadata.is_file() else None
+    if isinstance(written, dict):
+        ours = cast("dict[str, Any]", written)
+        # What KerasHub computes with is what KerasHub's configuration says.
+        if all(ours.get(field) == value for field, value in values.items()):
+            return OPTConfig.from_dict(ours)
     dropout = stated.get("dropout", 0.1)
-    return OPTConfig.from_dict(
-        {
-            **{field: stated[name] for field, name in fields.items()},
-            "dropout": dropout,
-            # KerasHub's attention drops out as its other layers do.
-            "attention_dropout": dropout,
-            "architectures": ["OPTForCausalLM"],
-        }
-    )
+    # KerasHub's attention drops out as its other layers do.
+    values |= {"dropout": dropout, "attention_dropout": dropout, "architectures": ["OPTForCausalLM"]}
+    return OPTConfig.from_dict(values)
 
 
 def limits(config: OPTConfig, head: Head | None) -> list[str]:
@@ -171,25 +185,37 @@ def limits(config: OPTConfig, head: Head | None) -> list[str]:
     return [sentence for sentence, holds in found.items() if holds]
 
 
-def native_place(parameter: Parameter, config: OPTConfig) -> tuple[str, tuple[int, ...], tuple[slice, ...]]:
-    """Path in the file, native shape, and the part of the canonical tensor that is stored, of a parameter."""
+@dataclasses.dataclass(frozen=True)
+class NativeTensor:
+    """Path in the file and shape there of a parameter, or of the part of it in a window of the canonical array."""
+
+    path: str
+    shape: tuple[int, ...]
+    window: tuple[slice, ...] = (slice(None),)
+
+
+def native_tensors(parameter: Parameter, config: OPTConfig) -> tuple[NativeTensor, ...]:
+    """Where a preset has a parameter of a model that KerasHub can hold: the position table in two places."""
     *_, leaf = parameter.path(SCHEME)
     inner = "/".join(parameter.path(SCHEME)[2:-1])
     in_layer = inner.startswith(f"{_LISTED}/")
-    number, module = int(inner.split("/")[1]) if in_layer else 0, inner.split("/", 2)[-1] if in_layer else inner
+    number, module = (int(inner.split("/")[1]), inner.split("/", 2)[2]) if in_layer else (0, inner)
     place = next(place for place in _PLACES if (place.module, place.in_layer) == (module, in_layer))
     layer = (f"{_LAYER}_{number}" if number else _LAYER,) if in_layer else ()
-    leaves = _leaves(module)
-    path = "/".join((_LISTED, *layer, place.groups, _VARIABLES, str(leaves.index(leaf))))
+    path = "/".join((_LISTED, *layer, place.groups, _VARIABLES, str(_leaves(module).index(leaf))))
     shape = parameter.shape[::-1] if parameter.transposed(SCHEME) else parameter.shape
     if module == "embed_positions":
-        return path, (shape[0] - POSITION_OFFSET, *shape[1:]), (slice(POSITION_OFFSET, None),)
+        rows, *others = shape
+        return (
+            NativeTensor(path, (rows - POSITION_OFFSET, *others), (slice(POSITION_OFFSET, None),)),
+            NativeTensor(_FRONT_ROWS, (POSITION_OFFSET, *others), (slice(None, POSITION_OFFSET),)),
+        )
     split = (config.num_attention_heads, config.head_dim)
     if place.heads is not None and len(shape) > 1:
         shape = (*shape[: place.heads], *split, *shape[place.heads + 1 :])
     elif place.heads == 1:
         shape = split
-    return path, shape, (slice(None),)
+    return (NativeTensor(path, shape),)
 
 
 def stored_bytes(info: TensorInfo) -> int:
@@ -237,6 +263,7 @@ def documents(config: OPTConfig, dtype: str | None, parameters: int, *, tokenize
         "keras_hub_version": _KERAS_HUB_VERSION,
         "parameter_count": parameters,
         "tasks": ["CausalLM"],
+        _CONFIG_KEY: config.to_dict(),
     }
     files = {"config.json": _serialized("backbone", "OPTBackbone", backbone), "metadata.json": metadata}
     if tokenizer:
@@ -272,8 +299,9 @@ def _leaves(module: str) -> list[str]:
     return [LEAVES[key].keras for key in (f"{kind}.weight", f"{kind}.bias") if key in LEAVES]
 
 
-def _meaning(steps: Sequence[Step], number: int) -> tuple[_Place | None, str]:
+def _meaning(variable: Variable) -> tuple[_Place | None, str]:
     """The place of a variable in the table, and its name after OPT's modules; of an unknown one, its path."""
+    steps, number = variable.steps, variable.number
     groups = [step.group for step in steps]
     unknown = "/".join([*groups, _VARIABLES, str(number)])
     if not groups or groups[0] != _LISTED:

@@ -67,7 +67,9 @@ class TorchFile:
         storage = tensor.storage
         start, _ = self._offsets[storage.key]
         flat = view(self._buffer, start, TensorInfo(storage.dtype.numpy, (storage.size,)))
-        strides = tuple(stride * flat.itemsize for stride in tensor.strides)
+        # The stride of an axis that nobody steps along may be any number, which NumPy would not take.
+        walked = zip(tensor.shape, tensor.strides, strict=True)
+        strides = tuple(stride * flat.itemsize if length > 1 else 0 for length, stride in walked)
         array = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
         return cast("Array", array)
 
