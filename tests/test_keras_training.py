@@ -24,6 +24,9 @@ CONFIG = OPTConfig(
     num_attention_heads=2,
     num_labels=3,
 )
+KERAS_WARNS = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+"""Saving, Keras 3.15 asks NumPy 2 for arrays in the way of NumPy 1."""
+
 IDS = (np.arange(8)[:, None] + np.arange(7)[None] + 4).astype(np.int32)
 MASK = np.ones_like(IDS)
 MASK[:, :2] = 0
@@ -39,6 +42,7 @@ def seed():
     keras.utils.set_random_seed(0)
 
 
+@KERAS_WARNS
 def test_fit_evaluate_save_and_go_on(tmp_path):
     """In a graph, from `tf.data`, with checkpointing and an incomplete last batch; the optimizer is saved too."""
     model = TFOPTForCausalLM(CONFIG.replace(dropout=0.0))
@@ -56,12 +60,8 @@ def test_fit_evaluate_save_and_go_on(tmp_path):
     logits, wanted = (one(input_ids=IDS, attention_mask=MASK).logits.numpy() for one in (again, model))
     np.testing.assert_array_equal(logits, wanted)
     assert int(again.optimizer.iterations) == int(model.optimizer.iterations) == 12
-    # One more step of each, uncompiled: the moments of AdamW went along.
-    for one in (model, again):
-        one.run_eagerly = True
-        one.fit(data.take(1), verbose=0, shuffle=False)
-    for one, other in zip(model.trainable_variables, again.trainable_variables, strict=True):
-        np.testing.assert_allclose(one.numpy(), other.numpy(), atol=1e-6)
+    for one, other in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
 
 
 def test_targets_apart_and_metrics():
@@ -98,6 +98,7 @@ def test_what_cannot_be_learned_from_is_told():
         model.fit({"input_ids": IDS}, IDS, sample_weight=np.ones(8), verbose=0)
 
 
+@KERAS_WARNS
 def test_part_of_a_functional_model(tmp_path):
     base = TFOPTForSequenceClassification(CONFIG)
     inputs = {name: keras.Input((None,), dtype="int32", name=name) for name in ("input_ids", "attention_mask")}
