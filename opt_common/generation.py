@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
 from opt_common.decoding import Decoder, Generated, Ids, Prompt, Reader, collect, decode_tokens
 from opt_common.errors import GenerationError
 from opt_common.generation_config import GenerationConfig
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
+from opt_common.strategies import BEAM_STRATEGIES, SAMPLING_STRATEGIES
 
 DEFAULT_MAX_LENGTH = 20
 """Prompt and new tokens together, when nothing is said: Hugging Face's default."""
@@ -32,6 +34,8 @@ def run(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Generat
         GenerationError: where a row has no token to go on with.
     """
     reader = Reader(decoder, prompt, use_cache=settings.use_cache)
+    if settings.strategy in BEAM_STRATEGIES:
+        return search(reader, prompt, settings)
     return collect(decode_tokens(reader, prompt, settings))
 
 
@@ -42,7 +46,7 @@ def read_prompt(
     attention_mask: npt.NDArray[Any] | None,
     functions: Sequence[Callable[[Any, Any], Any]] = (),
 ) -> Prompt:
-    """Check prompts and bring them into the decoders' form, each as often as it is to be continued.
+    """Check prompts and bring them into the decoders' form, each as often as it is to be continued by itself.
 
     Args:
         config: the model's configuration.
@@ -89,8 +93,10 @@ def read_prompt(
         )
     # A stable sort of the mask moves each row's padding to its left and keeps the order of its tokens.
     order_BT = np.argsort(mask_BT, axis=1, kind="stable")
+    beams = settings.strategy in BEAM_STRATEGIES
+    draws = continuations(settings) if beams else 1
     ids_BT, mask_BT = (
-        np.repeat(np.take_along_axis(array_BT, order_BT, axis=1), settings.num_return_sequences, axis=0)
+        np.repeat(np.take_along_axis(array_BT, order_BT, axis=1), 1 if beams else settings.num_return_sequences, axis=0)
         for array_BT in (ids_BT, mask_BT)
     )
     return Prompt(
@@ -104,7 +110,9 @@ def read_prompt(
             max_length=length + new_tokens,
             functions=functions,
         ),
-        uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed) if settings.do_sample else None,
+        uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed, draws=draws)
+        if settings.strategy in SAMPLING_STRATEGIES
+        else None,
     )
 
 
