@@ -13,10 +13,10 @@ ready := $(VENV)/.ready
 one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types contracts docs unit format oracle isolated clean
+.PHONY: help setup demo test check lint types contracts docs unit format oracle oracle-keras-hub isolated peft clean
 
 help:  ## list the targets
-	@awk -F ':.*## +' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(ready): pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV): some minutes the first time.'
@@ -63,6 +63,31 @@ oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an e
 .venv-oracle/.ready: tests/oracle/requirements.txt
 	test -x .venv-oracle/bin/python || $(PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements.txt
+	touch $@
+
+oracle-keras-hub: .venv-keras-hub/.ready  ## KerasHub loads what we write, and we what it writes (an environment of its own)
+	PYTHONPATH=. KERAS_BACKEND=tensorflow TF_CPP_MIN_LOG_LEVEL=2 .venv-keras-hub/bin/python tests/oracle/check_keras_hub.py
+	PYTHONPATH=. KERAS_BACKEND=jax TF_CPP_MIN_LOG_LEVEL=2 .venv-keras-hub/bin/python tests/oracle/check_keras_hub.py
+
+.venv-keras-hub/.ready: tests/oracle/requirements-keras-hub.txt
+	test -x .venv-keras-hub/bin/python || $(PYTHON) -m venv .venv-keras-hub
+	.venv-keras-hub/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+FUZZ ?= 100000
+
+.PHONY: fuzz
+fuzz: $(ready)  ## read 100,000 damaged checkpoints (FUZZ=N: another number); the tests read 2,000
+	$(one_thread) $(bin)/python -W ignore -m tests.fuzz.run --count $(FUZZ) --workers $(WORKERS)
+
+peft: $(ready) .venv-peft/.ready  ## the PyTorch model in PEFT, and every backend's adapters (an environment of its own)
+	rm -rf build/adapters
+	PYTHONPATH=. $(one_thread) $(bin)/python tests/oracle/write_adapters.py build/adapters
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-peft/bin/python tests/oracle/check_peft.py build/adapters
+
+.venv-peft/.ready: tests/oracle/requirements-peft.txt
+	test -x .venv-peft/bin/python || $(PYTHON) -m venv .venv-peft
+	.venv-peft/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracle/requirements-peft.txt
 	touch $@
 
 kinds := none torch tf flax

@@ -16,12 +16,34 @@ import numpy as np
 
 from conversion.canonical import BLIP_2, BLIP_2_PARTS, EMBEDDING, HEAD, canonical_names, is_of_blip_2
 from conversion.dtypes import BY_NUMPY
-from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
+from conversion.formats import (
+    hdf5_file,
+    keras_file,
+    keras_hub_file,
+    metaseq_file,
+    msgpack_file,
+    orbax_file,
+    safetensors_file,
+    torch_file,
+)
 from conversion.metaseq_config import config_of
 from conversion.tensors import Array, Reader, TensorInfo
 from opt_common.config import OPTConfig
-from opt_common.errors import CheckpointError, join_problems
-from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, holds_metaseq, read_index
+from opt_common.errors import CheckpointError, ConfigError, join_problems
+from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, read_index, states_its_config
+from opt_common.links import refuse_links_outside
+from opt_common.native_files import (
+    KERAS,
+    KERAS_ARCHIVE,
+    KERAS_HUB,
+    KERAS_INDEX,
+    KERAS_WEIGHTS,
+    ORBAX,
+    home_of,
+    is_keras_hub,
+    keras_files,
+    orbax_directory,
+)
 from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 READERS: Mapping[str, Callable[[Path], Reader]] = {
@@ -29,8 +51,11 @@ READERS: Mapping[str, Callable[[Path], Reader]] = {
     "torch": torch_file.open_reader,
     "tf": hdf5_file.open_reader,
     "flax": msgpack_file.open_reader,
+    KERAS: keras_file.open_reader,
+    KERAS_HUB: keras_hub_file.open_reader,
+    ORBAX: orbax_file.open_reader,
 }
-"""How to open one file of each format of `opt_common.hub.FORMATS`. metaseq's files are opened all at once."""
+"""How to open one file of each format but metaseq, whose files are opened all at once."""
 
 _FORMAT_OF_SUFFIX = {
     ".safetensors": "safetensors",
@@ -48,8 +73,8 @@ class Checkpoint:
 
     Attributes:
         config: the configuration of the model.
-        format: "safetensors", "torch", "tf", "flax" or "metaseq".
-        files: the weight files.
+        format: "safetensors", "torch", "tf", "flax", "metaseq", "keras", "keras-hub" or "orbax".
+        files: the weight files; for Orbax the directory.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
         head: what stands on the decoder, by the class in the configuration, or else by the tensors.
@@ -57,7 +82,7 @@ class Checkpoint:
     """
 
     def __init__(self, config: OPTConfig | None, format_name: str, files: tuple[Path, ...]) -> None:
-        """Open the files; without a configuration, it is that which metaseq's files say."""
+        """Open the files; without a configuration, it is that which they state themselves."""
         self.format = format_name
         self.files = files
         self._readers: list[Reader] = []
@@ -69,9 +94,14 @@ class Checkpoint:
                 config = config or config_of(reader.tensors, reader.arguments, str(files[0]))
             else:
                 for path in files:
-                    self._add(path, READERS[format_name](path))
-            assert config is not None
+                    reader = READERS[format_name](path)
+                    self._add(path, reader)
+                    if isinstance(reader, keras_file.KerasReader | keras_hub_file.KerasHubReader):
+                        config = config or reader.config
+            # Only weights that state it themselves are opened without one.
+            config = config or _config_beside(files[0])
             self.config: OPTConfig = config
+            self._check_layers()
             self.left_out = self._leave_out()
             self._settle_head()
         except BaseException:
@@ -131,6 +161,8 @@ class Checkpoint:
 
     def _add(self, path: Path, reader: Reader) -> None:
         self._readers.append(reader)
+        if odd := [native for native in reader.tensors if not native.isprintable()]:
+            raise CheckpointError(f"{path} has a tensor named {odd[0]!a:.200}. Don't trust this file.")
         for name, (native, transposed) in canonical_names(reader.tensors, reader.scheme).items():
             if name in self._tensors:
                 raise CheckpointError(f"{path} and another shard both hold {name}. Fetch the checkpoint again.")
@@ -147,6 +179,15 @@ class Checkpoint:
         for name in others:
             del self._tensors[name]
         return tuple(others.values())
+
+    def _check_layers(self) -> None:
+        """A table of parameters is made for each layer: a number in a file alone must not take memory."""
+        layers, held = self.config.num_hidden_layers, len(self._tensors)
+        if layers > held:
+            raise CheckpointError(
+                f"{CONFIG_FILE} says num_hidden_layers {layers}, but the weights in {self.files[0].parent} are "
+                f"{held} tensors. Fetch the checkpoint again."
+            )
 
     def _settle_head(self) -> None:
         """A tied model has one tensor for token table and head, under whichever name; only the first is canonical."""
@@ -182,14 +223,12 @@ def open_checkpoint(
         CheckpointError: if the weights are absent, damaged or hostile.
     """
     path = Path(path)
-    index: Path | None = None
+    # Before the weights are looked for: whoever names a wrong directory hears that it has no configuration.
+    stated = _stated_config(path, config) if path.exists() else None
     if path.is_dir():
-        # Before the weights are looked for: whoever names a wrong directory hears that it has no configuration.
-        stated = _stated_config(path, config, optional=holds_metaseq(path))
         format_name, files, index = find_weights(path, prefer=prefer)
     elif path.is_file():
         format_name, files, index = _single(path)
-        stated = _stated_config(path.parent, config, optional=format_name == METASEQ)
     else:
         raise CheckpointError(f"There is no file or directory {str(path)!r}. Check the path.")
     checkpoint = Checkpoint(stated, format_name, files)
@@ -208,12 +247,26 @@ def open_checkpoint(
     return checkpoint
 
 
-def _stated_config(directory: Path, config: str | os.PathLike[str] | None, *, optional: bool) -> OPTConfig | None:
-    """The configuration that a user names, or else the one in the directory of the weights."""
+def _stated_config(path: Path, config: str | os.PathLike[str] | None) -> OPTConfig | None:
+    """The configuration that a user names, or else the one beside the weights; None where they state it themselves."""
     if config is not None:
         return OPTConfig.from_json_file(Path(config))
-    beside = directory / CONFIG_FILE
-    return None if optional and not beside.exists() else OPTConfig.from_json_file(beside)
+    beside = home_of(path) / CONFIG_FILE
+    if states_its_config(path):
+        # A preset's config.json is KerasHub's, and a .keras was saved with the one that its model had.
+        own = path.name.endswith(KERAS_ARCHIVE) or is_keras_hub(beside.parent) or not beside.exists()
+        return None if own else OPTConfig.from_json_file(beside)
+    return _config_beside(path)
+
+
+def _config_beside(path: Path) -> OPTConfig:
+    beside = home_of(path) / CONFIG_FILE
+    if not beside.exists() and (path.is_file() or orbax_directory(path) is not None):
+        raise ConfigError(
+            f"No {CONFIG_FILE} beside {path}, which does not say itself what model it is of. Put the model's there, "
+            f"model.config.to_json(), or name one with --config (config=)."
+        )
+    return OPTConfig.from_json_file(beside)
 
 
 def checked_parameters(
@@ -284,6 +337,8 @@ def _advice(checkpoint: Checkpoint, expected: Mapping[str, Parameter], present: 
 
 def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
     """Format, files and index of one weight file or of one index."""
+    if path.name.endswith((KERAS_WEIGHTS, KERAS_ARCHIVE, KERAS_INDEX)):
+        return KERAS_HUB if is_keras_hub(path.parent) else KERAS, keras_files(path), None
     index = path if path.name.endswith(".index.json") else None
     weights = Path(path.name.removesuffix(".index.json"))
     format_name = _FORMAT_OF_SUFFIX.get(weights.suffix)
@@ -297,6 +352,7 @@ def _single(path: Path) -> tuple[str, tuple[Path, ...], Path | None]:
     shards = tuple(path.parent / name for name in sorted(set(read_index(index).values())))
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(f"{path} names files that are absent: {', '.join(missing)}. Fetch them.")
+    refuse_links_outside(index, shards)
     return format_name, shards, index
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from conversion.convert import PlannedConversion, convert, plan_conversion
+from conversion.convert import Conversion, PlannedConversion, convert, merge_adapter, plan_conversion
 from conversion.doctor import PROBLEM, Diagnosis, doctor
 from conversion.inspect import Inspection, inspect
 from conversion.plan import TARGETS
@@ -28,8 +28,10 @@ exit codes:
   2  the command line is wrong
   3  verify, convert --verify or doctor found a problem or a difference
 
-A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. metaseq's files
-need no config.json where they say themselves what it would; of several parts or shards, any one names them all.
+A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. Besides the formats
+that are written, SRC may be what a framework saved: a state dict of PyTorch, .weights.h5 or .keras of Keras 3, a
+checkpoint of Orbax. metaseq's files need no config.json where they say themselves what it would; of several parts or
+shards, any one names them all.
 With --json, standard output holds one JSON document and nothing else.
 """
 
@@ -43,6 +45,7 @@ examples:
   opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
+  opt-convert convert facebook/opt-125m opt-125m-preset --to keras-hub
 """,
     "doctor": """\
 examples:
@@ -53,6 +56,11 @@ examples:
 examples:
   opt-convert inspect opt-125m-flax
   opt-convert inspect my-model/tf_model.h5 --json
+""",
+    "merge-adapter": """\
+examples:
+  opt-convert merge-adapter facebook/opt-125m my-adapter my-model --to safetensors
+  opt-convert merge-adapter my-base my-adapter my-model-flax --to flax --dtype float32
 """,
     "verify": """\
 examples:
@@ -122,21 +130,18 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("convert", _run_convert, "write a checkpoint in another format; every bit stays as it is")
-    command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
-    command.add_argument("--to", required=True, choices=TARGETS, help="format of the new weights")
-    command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
-    command.add_argument(
-        "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
-    )
-    command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    _add_target(command)
     command.add_argument(
         "--dry-run",
         action="store_true",
         help="say what would be written and how much of the disk it takes; write nothing",
     )
     command.add_argument("--verify", action="store_true", help="compare DST with SRC afterwards, as the command verify")
-    command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+    _add_common(command)
+
+    command = add("merge-adapter", _run_merge_adapter, "write a base model with a LoRA adapter merged into its weights")
+    command.add_argument("adapter", metavar="ADAPTER", help="directory that PEFT or save_adapter wrote")
+    _add_target(command)
     _add_common(command)
 
     command = add("doctor", _run_doctor, "look for what is known to be wrong with checkpoints that are about")
@@ -156,6 +161,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_common(command)
     return parser
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    """What every command that writes a checkpoint takes."""
+    command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
+    command.add_argument("--to", required=True, choices=TARGETS, help="format of the new weights")
+    command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
+    command.add_argument(
+        "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
+    )
+    command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -184,7 +202,28 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
-    options = {
+    options = _writing_options(arguments)
+    if arguments.dry_run:
+        return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
+    result = convert(arguments.src, arguments.dst, arguments.to, progress=not arguments.quiet, **options)
+    verification = None
+    if arguments.verify:
+        verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
+    _show_conversion(result, verification, arguments)
+    return OK if verification is None or verification.holds else DIFFERENT
+
+
+def _run_merge_adapter(arguments: argparse.Namespace) -> int:
+    options = _writing_options(arguments)
+    result = merge_adapter(
+        arguments.src, arguments.adapter, arguments.dst, arguments.to, progress=not arguments.quiet, **options
+    )
+    _show_conversion(result, None, arguments)
+    return OK
+
+
+def _writing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
         "dtype": arguments.dtype,
         "max_shard_size": arguments.max_shard_size,
         "model_parts": arguments.model_parts,
@@ -192,14 +231,11 @@ def _run_convert(arguments: argparse.Namespace) -> int:
         "force": arguments.force,
         **_hub(arguments),
     }
-    if arguments.dry_run:
-        return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
-    result = convert(arguments.src, arguments.dst, arguments.to, progress=not arguments.quiet, **options)
+
+
+def _show_conversion(result: Conversion, verification: Verification | None, arguments: argparse.Namespace) -> None:
     for warning in result.warnings:
         _show_warning(warning)
-    verification = None
-    if arguments.verify:
-        verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
     if arguments.json:
         document = vars(result)
         _print_json(document if verification is None else {**document, "verification": verification.to_dict()})
@@ -212,7 +248,6 @@ def _run_convert(arguments: argparse.Namespace) -> int:
             print(f"  {name}")
         if verification is not None:
             _show_verification(verification)
-    return OK if verification is None or verification.holds else DIFFERENT
 
 
 def _show_plan(plan: PlannedConversion, arguments: argparse.Namespace) -> int:

@@ -8,20 +8,24 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
+from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.dtypes import parse_dtype
-from conversion.plan import DEFAULT_SHARD_SIZE, Plan, make_plan
+from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
+from conversion.merge import Weights, merged_weights, weights_of
+from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
-from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILES, resolve
-from opt_common.params import ARCHITECTURES, Head, Parameter, parameter_table
+from opt_common.hub import GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FILES, resolve
+from opt_common.native_files import KERAS_HUB, home_of, is_keras_hub
+from opt_common.params import ARCHITECTURES, Head
 
 CARRIED_FILES = (GENERATION_CONFIG_FILE, *TOKENIZER_FILES, "chat_template.jinja", "LICENSE.md", "LICENSE")
 """Files beside the weights that go along as they are, where the source has them."""
 
 _MAX_CARRIED_BYTES = 100_000_000
+_MERGES_HEADER = b"#version:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +118,7 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf", "flax" or "metaseq".
+        to: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
@@ -130,23 +134,61 @@ def convert(
         OSError: if the disk is full or not writable. Nothing is left behind.
     """
     with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
-        plan, target, checkpoint = prepared.plan, prepared.target, prepared.checkpoint
+        return _carry_out(prepared, progress=progress)
 
-        def read(parameter: Parameter) -> Any:
-            return checkpoint.read(parameter.name)
 
-        with _bar(plan, show=progress) as advance:
-            write_plan(target, plan, read, prepared.documents, advance)
-        return Conversion(
-            source=checkpoint.files,
-            source_format=checkpoint.format,
-            target=target,
-            target_format=to,
-            files=prepared.files,
-            tensors=len(prepared.table),
-            total_bytes=plan.total_bytes,
-            warnings=tuple(class_limits(checkpoint.config, to, checkpoint.head)),
-        )
+def merge_adapter(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    model_parts: int | None = None,
+    config: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: bool = False,
+    **hub: Any,
+) -> Conversion:
+    """Write the checkpoint at `base` with a LoRA adapter merged into its weights, as `convert` would without it.
+
+    Args:
+        base: the model that the adapter was trained on: a directory, a weight file, or a hub id.
+        adapter: a directory with `adapter_config.json` and its weights.
+        dst: the new directory. It appears whole or not at all.
+        to: format of the new weights.
+        dtype: floating-point type to store; None keeps each tensor's. Merging is computed in float32 at least.
+        max_shard_size: as for `convert`, like the remaining arguments.
+        model_parts: likewise.
+        config: likewise.
+        force: likewise.
+        progress: likewise.
+        **hub: likewise; they are about `base`.
+
+    Raises:
+        ConfigError: as `convert`, and if the adapter asks for what is not supported.
+        CheckpointError: as `convert`, and if the adapter is damaged or does not fit the base.
+        OSError: as `convert`. Nothing is left behind.
+    """
+    with _prepared(base, dst, to, dtype, max_shard_size, model_parts, config, force, hub, adapter) as prepared:
+        return _carry_out(prepared, progress=progress)
+
+
+def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
+    plan, weights = prepared.plan, prepared.weights
+    with _bar(plan, show=progress) as advance:
+        write_plan(prepared.target, plan, weights.read, prepared.documents, advance)
+    return Conversion(
+        source=prepared.checkpoint.files,
+        source_format=prepared.checkpoint.format,
+        target=prepared.target,
+        target_format=plan.format,
+        files=prepared.files,
+        tensors=len(weights.table),
+        total_bytes=plan.total_bytes,
+        warnings=tuple(class_limits(weights.config, plan.format, weights.head)),
+    )
 
 
 def plan_conversion(
@@ -197,8 +239,8 @@ class _Prepared:
     """A conversion of which everything is decided and nothing is done."""
 
     checkpoint: Checkpoint
+    weights: Weights
     target: Path
-    table: tuple[Parameter, ...]
     plan: Plan
     documents: Mapping[str, bytes]
 
@@ -219,25 +261,27 @@ def _prepared(
     config: str | os.PathLike[str] | None,
     force: bool,
     hub: Mapping[str, Any],
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Generator[_Prepared]:
-    """Open and check the source, plan and check the target; the arguments are those of `convert`."""
+    """Open and check the source, plan and check the target; the arguments are those of `merge_adapter`."""
     source, target = locate(src, config=config, **hub), Path(dst)
     _check_places(source, target, force=force)
-    with open_checkpoint(source, config=config) as checkpoint:
-        table = parameter_table(checkpoint.config, head=checkpoint.head)
-        checked_parameters(checkpoint, table, other_heads=False)
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(source, config=config))
+        merged = None if adapter is None else stack.enter_context(merged_weights(checkpoint, adapter))
+        weights = merged or weights_of(checkpoint)
         stored = None if dtype is None else parse_dtype(dtype).numpy
         plan = make_plan(
-            checkpoint.config,
-            table,
-            {parameter.name: stored or checkpoint.info(parameter.name).dtype for parameter in table},
+            weights.config,
+            weights.table,
+            {name: stored or own for name, own in weights.dtypes.items()},
             format_name=to,
             max_shard_size=DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size,
-            bare=checkpoint.head is None,
+            bare=weights.head is None,
             model_parts=model_parts,
         )
-        documents = {CONFIG_FILE: plan.config.to_json().encode(), **_carried(source)}
-        prepared = _Prepared(checkpoint=checkpoint, target=target, table=table, plan=plan, documents=documents)
+        documents = documents_of(plan, _carried(source))
+        prepared = _Prepared(checkpoint=checkpoint, weights=weights, target=target, plan=plan, documents=documents)
         check_target(target, to, set(prepared.files))
         yield prepared
 
@@ -259,6 +303,11 @@ def locate(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
 
 def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") -> Iterator[str]:
     """What the classes of `transformers` 4.57 for a format cannot hold, a sentence each. This package's classes can."""
+    if format_name == KERAS_HUB and config.attention_dropout != config.dropout:
+        yield (
+            f"In training KerasHub drops out attention probabilities with probability {config.dropout}, as everything, "
+            f"not {config.attention_dropout}."
+        )
     prefix = {"tf": "TF", "flax": "Flax"}.get(format_name)
     if prefix is None:
         return
@@ -284,10 +333,19 @@ def _check_places(source: Path, target: Path, *, force: bool) -> None:
 
 
 def _carried(source: Path) -> dict[str, bytes]:
-    """The contents of the files that go along."""
-    directory = source.parent if source.is_file() else source
-    found = [directory / name for name in CARRIED_FILES if (directory / name).is_file()]
-    return {path.name: path.read_bytes() for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    """The contents of the files that go along, under the names that Hugging Face gives them."""
+    directory = home_of(source)
+    places = {name: directory / name for name in CARRIED_FILES}
+    if is_keras_hub(directory):
+        del places[TOKENIZER_FILE]  # KerasHub's own is a file of another kind
+        places |= {name: directory / place for name, place in TOKENIZER_ASSETS.items()}
+    found = {name: path for name, path in places.items() if path.is_file()}
+    contents = {name: path.read_bytes() for name, path in found.items() if path.stat().st_size <= _MAX_CARRIED_BYTES}
+    merges = contents.get("merges.txt")
+    if merges is not None and is_keras_hub(directory) and not merges.startswith(_MERGES_HEADER):
+        # KerasHub writes the merges alone; everyone else takes the first line for a header.
+        contents["merges.txt"] = _MERGES_HEADER + b" 0.2\n" + merges
+    return contents
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ fit the tensors. A finding says what it is, where, and what to do.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,8 @@ from conversion.verify import verify
 from opt_common.config import OPTConfig
 from opt_common.errors import OPTError
 from opt_common.hub import FORMATS, METASEQ
+from opt_common.json_file import read_json
+from opt_common.native_files import home_of
 from opt_common.params import parameter_table
 from opt_common.tokenizer import OPTTokenizer
 
@@ -85,7 +86,7 @@ def doctor(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | None
     path = Path(src)
     # A directory is taken as it is: `resolve` would refuse a broken one, and that is what this is for.
     source = path if path.is_dir() else locate(src, config=config, **hub)
-    directory = source if source.is_dir() else source.parent
+    directory = home_of(source)
     findings: list[Finding] = []
     opened: dict[str, Path] = {}
     embedding_rows: int | None = None
@@ -277,7 +278,7 @@ def _tokenizer_findings(directory: Path, config: OPTConfig, rows: int | None) ->
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object that the tokenizer has read before."""
-    content: Any = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = read_json(path)
     return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 

@@ -11,17 +11,25 @@ import numpy as np
 
 from conversion.canonical import EMBEDDING, HEAD, to_metaseq, to_native
 from conversion.dtypes import BY_NUMPY, dtype_name
-from conversion.formats import hdf5_file, metaseq_file, msgpack_file, safetensors_file, torch_file
+from conversion.formats import (
+    hdf5_file,
+    keras_hub_file,
+    metaseq_file,
+    msgpack_file,
+    safetensors_file,
+    torch_file,
+)
 from conversion.metaseq_config import arguments_of
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
-from opt_common.hub import FORMATS, METASEQ
+from opt_common.hub import CONFIG_FILE, FORMATS, METASEQ, TOKENIZER_FILE
+from opt_common.native_files import KERAS_HUB
 from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
 
 DEFAULT_SHARD_SIZE = "5GB"
 
-TARGETS = (*FORMATS, METASEQ)
+TARGETS = (*FORMATS, METASEQ, KERAS_HUB)
 """Every format that can be written."""
 
 _UNITS = {
@@ -63,6 +71,7 @@ FORMAT_MODULES: Mapping[str, _Format] = {
     "torch": torch_file,
     "tf": hdf5_file,
     "flax": msgpack_file,
+    KERAS_HUB: keras_hub_file,
 }
 _SEPARATORS = {"safetensors": ".", "torch": ".", "tf": "/", "flax": "/"}
 
@@ -93,7 +102,8 @@ class Tensor:
             assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
             arrays.append(array[self.window])
         whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return whole.T if self.transposed else whole
+        native = whole.T if self.transposed else whole
+        return native if native.shape == self.spec.info.shape else native.reshape(self.spec.info.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +179,10 @@ def make_plan(
         if limit != parse_size(DEFAULT_SHARD_SIZE):
             raise CheckpointError("metaseq has no shards of a size; leave max_shard_size and use model_parts.")
         return _metaseq_plan(config, table, dtypes, head=head, model_parts=model_parts)
+    if format_name == KERAS_HUB:
+        if limit != parse_size(DEFAULT_SHARD_SIZE):
+            raise CheckpointError("A preset of KerasHub is written as one file; leave max_shard_size.")
+        return _keras_hub_plan(config, table, dtypes, head=head)
     tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=head is None) for parameter in table]
     shards = _fill_shards(tensors, limit)
     if format_name == "torch" and config.tie_word_embeddings and head == "lm":
@@ -296,6 +310,61 @@ def _metaseq_plan(
         files=metaseq_file.file_names(model_parts),
         arguments=arguments_of(config, model_parts),
     )
+
+
+def _keras_hub_plan(
+    config: OPTConfig, table: Sequence[Parameter], dtypes: Mapping[str, np.dtype[Any]], *, head: Head | None
+) -> Plan:
+    """The plan of a preset of KerasHub.
+
+    Raises:
+        CheckpointError: saying everything about the model that KerasHub's architecture can't hold.
+    """
+    if problems := keras_hub_file.limits(config, head):
+        raise CheckpointError(f"KerasHub's OPT can't hold this model. {join_problems(problems)}")
+    tensors: list[Tensor] = []
+    for parameter in table:
+        dtype = dtypes[parameter.name]
+        _check_floating(parameter, dtype)
+        for native in keras_hub_file.native_tensors(parameter, config):
+            info = TensorInfo(dtype, native.shape)
+            tensor = Tensor(
+                parameters=(parameter,),
+                spec=TensorSpec(name=native.path, info=info),
+                transposed=parameter.transposed(keras_hub_file.SCHEME),
+                stored_bytes=keras_hub_file.stored_bytes(info),
+                window=native.window,
+            )
+            tensors.append(tensor)
+    return Plan(
+        config=_stored_config(config, set(dtypes.values()), head),
+        format=KERAS_HUB,
+        head=head,
+        shards=(tuple(tensors),),
+        files=(keras_hub_file.WEIGHTS,),
+    )
+
+
+def documents_of(plan: Plan, beside: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a checkpoint but its weights and their index.
+
+    Args:
+        plan: what is to be written.
+        beside: contents of the files that go along with the configuration, under the names that Hugging Face gives
+            them.
+    """
+    if plan.format != KERAS_HUB:
+        return {CONFIG_FILE: plan.config.to_json().encode(), **beside}
+    assets = keras_hub_file.TOKENIZER_ASSETS
+    dtypes = {tensor.spec.info.dtype for shard in plan.shards for tensor in shard}
+    described = keras_hub_file.documents(
+        plan.config,
+        BY_NUMPY[next(iter(dtypes))].name if len(dtypes) == 1 else None,
+        sum(tensor.spec.info.size for shard in plan.shards for tensor in shard),
+        tokenizer=assets.keys() <= beside.keys(),
+    )
+    carried = {assets.get(name, name): content for name, content in beside.items() if name != TOKENIZER_FILE}
+    return {**carried, **{name: json_bytes(content) for name, content in described.items()}}
 
 
 def _check_parts(config: OPTConfig, model_parts: int | None) -> None:

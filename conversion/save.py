@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from conversion.dtypes import parse_dtype
-from conversion.plan import DEFAULT_SHARD_SIZE, ReadParameter, json_bytes, make_plan
+from conversion.plan import DEFAULT_SHARD_SIZE, ReadParameter, documents_of, json_bytes, make_plan
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
-from opt_common.hub import CONFIG_FILE, GENERATION_CONFIG_FILE
+from opt_common.hub import GENERATION_CONFIG_FILE
 from opt_common.params import Parameter
 
 
@@ -36,7 +36,7 @@ def save_checkpoint(
         config: the model's configuration.
         table: the parameters to write, from `parameter_table(config, head=…)`.
         read: gives each parameter; called once for each file that has some of it.
-        format: "safetensors", "torch", "tf", "flax" or "metaseq".
+        format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
         dtype: floating-point type of the file; None keeps that of each array, which is asked for once more than
             `read` is otherwise called.
         max_shard_size: longest weight file, as bytes or as "5GB", "500MB", "1GiB"; default `DEFAULT_SHARD_SIZE`.
@@ -56,7 +56,5 @@ def save_checkpoint(
     plan = make_plan(
         config, table, dtypes, format_name=format, max_shard_size=limit, bare=bare, model_parts=model_parts
     )
-    documents = {CONFIG_FILE: plan.config.to_json().encode()}
-    if generation_config is not None:
-        documents[GENERATION_CONFIG_FILE] = json_bytes(generation_config)
-    write_plan(Path(directory), plan, read, documents)
+    beside = {} if generation_config is None else {GENERATION_CONFIG_FILE: json_bytes(generation_config)}
+    write_plan(Path(directory), plan, read, documents_of(plan, beside))

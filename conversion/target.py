@@ -8,6 +8,7 @@ from pathlib import Path
 from conversion.plan import Plan
 from opt_common.errors import CheckpointError
 from opt_common.hub import FORMATS, MetaseqName
+from opt_common.native_files import KERAS_ARCHIVE, KERAS_INDEX, KERAS_WEIGHTS
 
 _OVERHEAD_BYTES = 4096
 """What a file system and the structure of a file take, at most, for each tensor and each file."""
@@ -65,6 +66,8 @@ def check_target(directory: Path, format_name: str, names: set[str]) -> None:
 
 def _is_weights(name: str) -> bool:
     """Whether a file of this name is part of a checkpoint."""
+    if name.endswith((KERAS_WEIGHTS, KERAS_ARCHIVE, KERAS_INDEX)):
+        return True
     return MetaseqName.parse(name) is not None or any(
         name in (files.single, files.index) or files.is_shard(name) for files in FORMATS.values()
     )
@@ -78,12 +81,14 @@ def publish(staging: Path, directory: Path, last: str) -> None:
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    new = sorted(path.name for path in staging.iterdir())
+    new = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
     (directory / last).unlink(missing_ok=True)
     sync(directory)
     for name in [*(name for name in new if name != last), last]:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(directory / name)
-    sync(directory)
+    for path in {(directory / name).parent for name in new}:
+        sync(path)
 
 
 def sync(path: Path) -> None:

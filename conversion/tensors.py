@@ -117,20 +117,30 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} is empty. Fetch the file again.") from None
 
 
-def view(buffer: mmap.mmap, offset: int, info: TensorInfo) -> Array:
+def view(buffer: mmap.mmap | memoryview, offset: int, info: TensorInfo) -> Array:
     """The array at an offset of a mapped file. The caller has checked that it lies inside."""
     if info.size == 0:
-        return np.empty(info.shape, info.dtype)
+        return frozen(np.empty(info.shape, info.dtype))
     array = np.frombuffer(buffer, info.dtype, info.size, offset).reshape(info.shape)
     # Formats with a header of any length can put numbers at odd addresses, which frameworks do not take.
-    if not array.flags.aligned:
-        array = array.copy()
+    return array if array.flags.aligned else frozen(array.copy())
+
+
+def frozen(array: Array) -> Array:
+    """The array, which nobody can write to from now on."""
+    if array.flags.writeable:
         array.flags.writeable = False
     return array
 
 
 def is_shape(value: object) -> bool:
     """Whether a value out of a file is a list or tuple of lengths that an array can have."""
+    # NumPy multiplies the other axes even where one of length zero leaves no elements.
+    return are_lengths(value) and math.prod(max(1, length) for length in cast("list[int]", value)) < 1 << 60
+
+
+def are_lengths(value: object) -> bool:
+    """Whether a value out of a file is a short list or tuple of lengths, offsets or strides."""
     if not isinstance(value, list | tuple):
         return False
     lengths = cast("list[object] | tuple[object, ...]", value)

@@ -26,7 +26,7 @@ def write_plan(
         directory: where to.
         plan: what to write.
         read: gives each parameter; called as for `save_checkpoint`, in the order of the plan.
-        documents: further files by name.
+        documents: further files by name, or by their path below the directory.
         progress: called with the bytes of each tensor that has been written.
     """
     directory = directory.resolve()  # a link to a directory on another disk needs its staging there
@@ -35,15 +35,12 @@ def write_plan(
         documents[plan.index] = index_content(plan)
     check_target(directory, plan.format, {*plan.files, *documents})
     check_disk(directory, plan, documents)
-    with _staging(directory) as staging:
+    with staged(directory, plan.key_file) as staging:
         for file, shard in zip(plan.files, plan.shards, strict=True):
             _write_shard(staging / file, plan, shard, read, progress or (lambda _: None))
         for name, content in documents.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             (staging / name).write_bytes(content)
-        for path in staging.iterdir():
-            sync(path)
-        sync(staging)
-        publish(staging, directory, plan.key_file)
 
 
 def _write_shard(
@@ -64,11 +61,20 @@ def _write_shard(
 
 
 @contextlib.contextmanager
-def _staging(directory: Path) -> Generator[Path]:
-    """A new directory beside the target, gone afterwards unless it has become the target."""
+def staged(directory: Path, key_file: str) -> Generator[Path]:
+    """A new directory beside the target. What is in it at the end of the `with` statement is moved into the target.
+
+    Args:
+        directory: the target, resolved.
+        key_file: the file without which none of the others is taken for something whole.
+    """
     staging = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.part"
     staging.mkdir(parents=True)
     try:
         yield staging
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        publish(staging, directory, key_file)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -12,6 +12,7 @@ from opt_common.errors import (
     TokenizerError,
 )
 from opt_common.generation import GenerationConfig
+from opt_common.lora import LoraConfig
 from opt_common.tokenizer import OPTTokenizer
 from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationError",
     "InputError",
+    "LoraConfig",
     "MissingFrameworkError",
     "OPTConfig",
     "OPTError",

@@ -6,11 +6,13 @@ reads and writes unchanged. The sizes are those of metaseq's `opt_job_constants.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from opt_common.errors import ConfigError, join_problems
+from opt_common.json_file import UnreadableError, read_json
 
 POSITION_OFFSET = 2
 """Rows of the position table in front of position 0: metaseq numbers positions from `padding_idx + 1`."""
@@ -24,7 +26,11 @@ ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "s
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 """Values of `problem_type`: which loss a sequence classifier has."""
 
+QUANTIZATIONS = ("int8-dynamic", "int8", "int4")
+"""Values of `quantization`; `opt_common.quantization` defines each of them."""
+
 _DEFAULT_NUM_LABELS = 2
+_MOST_UNNAMED_LABELS = 20_000  # their names are made up: a number alone must not take much memory
 
 _SIZES: Mapping[str, Mapping[str, Any]] = {
     "125m": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 12},
@@ -79,6 +85,7 @@ class OPTConfig:
         id2label: name of each output; None means "LABEL_0", "LABEL_1", ….
         label2id: output of each name; None means the inverse of `id2label`.
         problem_type: one of `PROBLEM_TYPES`, or None: each call with labels then infers it (`problem_type_of`).
+        quantization: one of `QUANTIZATIONS`: matrices are rounded to few bits when they are loaded; None: they are not.
         dtype: dtype that the checkpoint's tensors are stored in ("float16", …), or None when unknown.
         extra: every other key of the `config.json` that was read; written back as it came.
 
@@ -112,8 +119,12 @@ class OPTConfig:
     id2label: Mapping[int, str] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     label2id: Mapping[str, int] = dataclasses.field(default=None, hash=False)  # pyright: ignore[reportAssignmentType]
     problem_type: str | None = None
+    quantization: str | None = None
     dtype: str | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
+
+    model_type: ClassVar[str] = "opt"
+    """What Hugging Face's libraries call the architecture."""
 
     def __post_init__(self) -> None:
         if self.word_embed_proj_dim is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -162,7 +173,7 @@ class OPTConfig:
         values = dict(values)
         if values.get("model_type") == "blip-2" and isinstance(values.get("text_config"), Mapping):
             values = dict(cast("Mapping[str, Any]", values["text_config"]))
-        model_type = values.pop("model_type", "opt")
+        model_type = values.pop("model_type", cls.model_type)
         if model_type != "opt":
             raise ConfigError(
                 f"config.json: got model_type {model_type!r}, expected 'opt'. This package has no other model."
@@ -184,12 +195,12 @@ class OPTConfig:
         """
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except FileNotFoundError:
             raise ConfigError(
                 f"No {path.name} in {path.parent}. Name a directory that holds an OPT checkpoint."
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except UnreadableError as error:
             raise ConfigError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch the file again.")
@@ -202,17 +213,27 @@ class OPTConfig:
         del values["num_labels"]
         if _labels(None, None, None) == {name: getattr(self, name) for name in ("num_labels", "id2label", "label2id")}:
             del values["id2label"], values["label2id"]
-        if self.problem_type is None:
-            del values["problem_type"]
+        for name in ("problem_type", "quantization"):
+            if values[name] is None:
+                del values[name]
         # Every version of transformers reads `torch_dtype`; only recent ones read `dtype`.
         values["torch_dtype"] = values.pop("dtype")
         if values["torch_dtype"] is None:
             del values["torch_dtype"]
-        return {"model_type": "opt", **dict(sorted(values.items()))}
+        return {"model_type": self.model_type, **dict(sorted(values.items()))}
 
     def to_json(self) -> str:
-        """`to_dict` as the text of a file: indented, keys sorted, one newline at the end."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        """`to_dict` as the text of a file: indented, keys sorted, one newline at the end.
+
+        Raises:
+            ConfigError: if `extra` is nested so deep that no JSON can be made of it.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        except RecursionError:
+            raise ConfigError(
+                "OPTConfig: extra is nested too deep for a JSON file. Remove what is not needed."
+            ) from None
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed. Changed labels change their number, and a changed number the labels."""
@@ -250,19 +271,32 @@ def _numbered_labels(count: int) -> dict[int, str]:
 def _labels(num_labels: Any, id2label: Any, label2id: Any) -> dict[str, Any]:
     """The three fields about labels, each derived from the others where it is None; `_problems` judges the result."""
     if id2label is None and isinstance(label2id, Mapping):
-        id2label = {index: name for name, index in cast("Mapping[Any, Any]", label2id).items()}
+        id2label = _inverse(cast("Mapping[Any, Any]", label2id)) or {}
     if id2label is None:
         count = _DEFAULT_NUM_LABELS if num_labels is None else num_labels
-        id2label = _numbered_labels(count if _is_int(count) else 0)
+        id2label = _numbered_labels(count if _is_int(count) and count <= _MOST_UNNAMED_LABELS else 0)
     elif isinstance(id2label, Mapping):
         # JSON has texts for keys.
         items = cast("Mapping[Any, Any]", id2label).items()
-        id2label = {int(key) if str(key).isdecimal() else key: name for key, name in items}
+        id2label = {int(key) if _is_number_text(key) else key: name for key, name in items}
     if label2id is None and isinstance(id2label, Mapping):
-        label2id = {name: index for index, name in cast("Mapping[Any, Any]", id2label).items()}
+        label2id = _inverse(cast("Mapping[Any, Any]", id2label))
     if num_labels is None and isinstance(id2label, Mapping):
         num_labels = len(cast("Mapping[Any, Any]", id2label))
     return {"num_labels": num_labels, "id2label": id2label, "label2id": label2id}
+
+
+def _inverse(labels: Mapping[Any, Any]) -> dict[Any, Any] | None:
+    """Values -> keys; None where a value can be no key, which is no label either."""
+    try:
+        return {value: key for key, value in labels.items()}
+    except TypeError:
+        return None
+
+
+def _is_number_text(key: object) -> bool:
+    # No label has a number of more digits, and Python refuses to read one of thousands.
+    return isinstance(key, str) and len(key) < 20 and key.isascii() and key.isdecimal()
 
 
 def _label_problems(config: OPTConfig) -> list[str]:
@@ -275,10 +309,11 @@ def _label_problems(config: OPTConfig) -> list[str]:
         return [f"id2label is {id2label!r}, expected a name for the number of each output."]
     if not _is_int(config.num_labels) or config.num_labels < 1:
         return [f"num_labels is {config.num_labels!r}, expected a positive integer."]
-    if set(cast("Mapping[Any, Any]", id2label)) != set(range(config.num_labels)):
+    names = cast("Mapping[Any, Any]", id2label)
+    if len(names) != config.num_labels or not all(index in names for index in range(len(names))):
         problems.append(
-            f"id2label is {id2label!r}, expected a name for each output from 0 to num_labels - 1 "
-            f"({config.num_labels - 1})."
+            f"id2label is {id2label!r:.200}, expected a name for each output from 0 to num_labels - 1 "
+            f"({config.num_labels - 1}). More than {_MOST_UNNAMED_LABELS} outputs have to be named."
         )
     if not isinstance(label2id, Mapping):
         problems.append(f"label2id is {label2id!r}, expected the number of the output for each name.")
@@ -326,12 +361,17 @@ def _problems(config: OPTConfig) -> list[str]:
         check(name, isinstance(getattr(config, name), bool), "true or false")
     for name in ("dropout", "attention_dropout", "layerdrop"):
         check(name, _is_number(getattr(config, name)) and 0 <= getattr(config, name) <= 1, "a probability from 0 to 1")
-    check("init_std", _is_number(config.init_std) and config.init_std >= 0, "a number that is not negative")
+    check("init_std", _is_number(config.init_std) and 0 <= config.init_std < math.inf, "a number that is not negative")
     check("activation_function", config.activation_function in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         token = getattr(config, name)
         in_table = _is_int(token) and _is_int(config.vocab_size) and 0 <= token < config.vocab_size
         check(name, token is None or in_table, f"null or an id from 0 to vocab_size - 1 ({config.vocab_size})")
+    check(
+        "quantization",
+        config.quantization is None or config.quantization in QUANTIZATIONS,
+        f"null or one of {', '.join(QUANTIZATIONS)}",
+    )
     dtype: Any = config.dtype
     check("dtype", dtype is None or isinstance(dtype, str), "null or the name of a dtype")
     return problems + _label_problems(config)

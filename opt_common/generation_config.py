@@ -1,7 +1,6 @@
 """The settings of text generation: `generation_config.json` and the keywords of `generate`."""
 
 import dataclasses
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -13,6 +12,8 @@ import numpy as np
 from opt_common.config import OPTConfig
 from opt_common.constraints import Constraint, DisjunctiveConstraint, PhrasalConstraint
 from opt_common.errors import GenerationError, join_problems
+from opt_common.json_file import UnreadableError, read_json
+from opt_common.native_files import home_of
 from opt_common.strategies import conflicting_settings, strategy_of, useless_settings
 from opt_common.watermark import WatermarkingConfig
 
@@ -176,16 +177,20 @@ class GenerationConfig:
     def from_directory(cls, directory: Path, config: OPTConfig) -> Self:
         """The settings of a checkpoint: its `generation_config.json`, or what its model configuration says.
 
+        Args:
+            directory: what the weights were loaded from: a directory, or a file in it.
+            config: the model's configuration.
+
         Raises:
             GenerationError: if the file is damaged or asks for what is not available.
         """
-        path = directory / "generation_config.json"
+        path = home_of(directory) / "generation_config.json"
         defaults = cls.from_model_config(config)
         if not path.is_file():
             return defaults
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            values = read_json(path)
+        except (FileNotFoundError, UnreadableError) as error:
             raise GenerationError(f"{path} is not readable as JSON: {error}. Fetch it again, or delete it.") from None
         if not isinstance(values, dict):
             raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")

@@ -7,13 +7,13 @@ weights. Both follow one rule, wherever the files come from:
    The first format of which a weight file is there is the one; exactly one format is ever fetched.
 2. Inside a format the single file wins over shards, as in Hugging Face's loaders. (opt-13b holds both for Flax.)
 3. Shards count only with their index, and with every file that the index names.
-4. Where a directory has none of these formats, metaseq's files are looked for (`metaseq_files`); the hub never is.
+4. Where a directory has none of these formats, metaseq's files are looked for (`metaseq_files`), then what frameworks
+   save (`opt_common.native_files`); on the hub neither is.
 
 Importing this module loads no network client; naming a directory never touches the network.
 """
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -22,14 +22,25 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from opt_common.errors import CheckpointError
+from opt_common.json_file import UnreadableError, read_json
+from opt_common.links import refuse_links_outside
+from opt_common.native_files import (
+    KERAS_ARCHIVE,
+    KERAS_INDEX,
+    KERAS_WEIGHTS,
+    home_of,
+    is_keras_hub,
+    native_weights,
+)
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -140,10 +151,28 @@ def metaseq_files(names: Iterable[str], where: str) -> tuple[str, ...]:
     return tuple(name for files in checkpoints.values() for *_, name in sorted(files))
 
 
-def holds_metaseq(directory: Path) -> bool:
-    """Whether the weights of a local directory are metaseq's."""
-    names = _file_names(directory)
-    return _choose(names, None) is None and any(MetaseqName.parse(name) for name in names)
+WEIGHT_SUFFIXES = (
+    *(f".{files.single.rpartition('.')[2]}" for files in FORMATS.values()),
+    _INDEX_SUFFIX,
+    ".pt",
+    ".pth",
+    KERAS_WEIGHTS,
+    KERAS_ARCHIVE,
+    KERAS_INDEX,
+)
+"""How the names of weight files end, of whatever format."""
+
+
+def states_its_config(path: Path) -> bool:
+    """Whether weights say themselves what a `config.json` would: metaseq's, a `.keras`, a preset of KerasHub."""
+    if path.is_file():
+        return path.suffix == ".pt" or path.name.endswith(KERAS_ARCHIVE) or is_keras_hub(path.parent)
+    if is_keras_hub(path):
+        return True
+    names = _file_names(path)
+    return _choose(names, None) is None and any(
+        MetaseqName.parse(name) is not None or name.endswith(KERAS_ARCHIVE) for name in names
+    )
 
 
 def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tuple[Path, ...], Path | None]:
@@ -155,20 +184,25 @@ def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tu
 
     Returns:
         The format, its file or its shards in the order of their names, and the shards' index (None for a single file,
-        and for `METASEQ`, which has none).
+        and for the formats that are not in `FORMATS`). What Orbax saves is one directory in place of files.
 
     Raises:
         CheckpointError: if there are no weights, an index is absent, damaged, hostile or names missing shards, or a
             file is only the pointer that Git LFS leaves in place of a large file.
     """
     names = _file_names(directory)
-    if _choose(names, prefer) is None and (parts := metaseq_files(names, str(directory))):
+    chosen = _choose(names, prefer)
+    if chosen is None and (parts := metaseq_files(names, str(directory))):
         format_name, files, index = METASEQ, parts, None
+    elif chosen is None and (native := native_weights(directory, names)) is not None:
+        return *native, None
     else:
         format_name, files, index = _select(names, prefer, str(directory), directory.joinpath)
     paths = tuple(directory / name for name in files)
     for path in paths:
         _refuse_lfs_pointer(path)
+    if index is not None:
+        refuse_links_outside(directory / index, paths)
     return format_name, paths, None if index is None else directory / index
 
 
@@ -183,8 +217,8 @@ def read_index(path: Path) -> dict[str, str]:
     """
     suffix = "." + path.name.removesuffix(_INDEX_SUFFIX).rpartition(".")[2]
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content: Any = read_json(path)
+    except (FileNotFoundError, UnreadableError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
     weight_map: Any = cast("dict[str, Any]", content).get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -214,14 +248,15 @@ def resolve(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """The local directory of a model, fetched from the hub if need be.
+    """The local directory of a model, or its weight file if a user names that, fetched from the hub if need be.
 
     A directory that exists wins over everything else; then comes `BUNDLED_MODEL`; then the hub. From the hub come
     the configuration, the tokenizer's files and exactly one format of weights, chosen from the repository's list of
     files before anything is fetched. When the hub can't be used or reached, the choice is made from the cache.
 
     Args:
-        path_or_id: a directory, `BUNDLED_MODEL`, or a hub id such as "facebook/opt-125m". A `Path` is never an id.
+        path_or_id: a directory, a weight file, `BUNDLED_MODEL`, or a hub id such as "facebook/opt-125m". A `Path` is
+            never an id.
         prefer: format of weights to take when there is no safetensors, a key of `FORMATS`.
         revision: branch, tag, commit or "refs/pr/N" of the hub's repository; default "main".
         cache_dir: directory of the hub's cache; default that of `huggingface_hub` (`HF_HOME`, `HF_HUB_CACHE`).
@@ -244,8 +279,10 @@ def resolve(
         if revision is not None:
             warnings.warn(f"revision {revision!r} is ignored: {directory} is a local directory.", stacklevel=3)
         return _checked(directory, prefer, weights=weights)
+    if exists and directory.name.endswith(WEIGHT_SUFFIXES):
+        return directory if weights else home_of(directory)
     if exists:
-        raise CheckpointError(f"{directory} is a file. Name the directory that holds it and its {CONFIG_FILE}.")
+        raise CheckpointError(f"{directory} is a file, but no weights. Name a directory that holds a checkpoint.")
     if path_or_id == BUNDLED_MODEL:
         return _checked(_BUNDLED_DIRECTORY, prefer, weights=weights)
     if not isinstance(path_or_id, str) or not _is_hub_id(path_or_id):
@@ -263,11 +300,11 @@ def resolve(
 def _checked(directory: Path, prefer: str | None, *, weights: bool) -> Path:
     """`directory`, if it holds a checkpoint; any directory will do where no weights are wanted."""
     if weights:
-        # metaseq's files say themselves what they hold.
-        if not (directory / CONFIG_FILE).is_file() and not holds_metaseq(directory):
+        if not (home_of(directory) / CONFIG_FILE).is_file() and not states_its_config(directory):
             raise CheckpointError(f"No {CONFIG_FILE} in {directory}. Name a directory that holds an OPT checkpoint.")
         find_weights(directory, prefer=prefer)
-    return directory
+        return directory
+    return home_of(directory)
 
 
 # The rule

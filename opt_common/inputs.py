@@ -28,15 +28,19 @@ DROPPED_ARGUMENTS = {
 def reject_dropped(arguments: Mapping[str, Any]) -> None:
     """Explain each argument that a call does not take.
 
+    One of Hugging Face's that is None asks for nothing, and `return_dict=True` for what is done anyway.
+
     Raises:
         InputError: for an argument that Hugging Face has and this package dropped, saying what to write instead.
         TypeError: for any other, as Python would.
     """
     if problems := [
-        f"{name}= is not taken: {DROPPED_ARGUMENTS[name]}." for name in arguments if name in DROPPED_ARGUMENTS
+        f"{name}= is not taken: {DROPPED_ARGUMENTS[name]}."
+        for name, value in arguments.items()
+        if name in DROPPED_ARGUMENTS and value is not None and not (name == "return_dict" and value is True)
     ]:
         raise InputError(join_problems(problems))
-    for name in arguments:
+    for name in arguments.keys() - DROPPED_ARGUMENTS.keys():
         raise TypeError(f"the model got an unexpected keyword argument {name!r}")
 
 

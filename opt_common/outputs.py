@@ -92,14 +92,14 @@ class OPTCausalLMOutput(ModelOutput):
 
     Attributes:
         loss: scalar, at least float32, if labels were given.
-        logits: (B, T, V), in the model's dtype.
+        logits: (B, T, V), in the model's dtype; None where they were not wanted, as in training with labels.
         past_key_values: as in `OPTModelOutput`.
         hidden_states: as in `OPTModelOutput`.
         attentions: as in `OPTModelOutput`.
     """
 
     loss: Any = None
-    logits: Any
+    logits: Any = None
     past_key_values: Any = None
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None

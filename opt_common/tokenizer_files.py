@@ -3,7 +3,6 @@
 Everything here is untrusted input; what can't be used is named in a `TokenizerError`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,12 +10,15 @@ from typing import TYPE_CHECKING, Any, cast
 from opt_common.encoding import SIDES
 from opt_common.errors import TokenizerError
 from opt_common.hub import CONFIG_FILE
+from opt_common.json_file import UnreadableError, read_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 VERY_LONG = int(1e30)
 """`model_max_length` of a tokenizer whose files name no limit; Hugging Face's value."""
+
+_MAX_BYTES = 50_000_000  # OPT's own vocabulary takes a fiftieth of this
 
 _DEFAULT_SPECIAL_TOKENS = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
 _OTHER_SPECIAL_TOKENS = ("sep_token", "cls_token", "mask_token")
@@ -96,10 +98,10 @@ def _setting(directory: Path, name: str, value: Any) -> Any:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object out of a file, an empty one if there is no file."""
     try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
+        value: Any = read_json(path, most=_MAX_BYTES)
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UnreadableError as error:
         raise TokenizerError(f"{path} is not readable as JSON: {error}. Fetch the file again.") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object, got {type(value).__name__}. Fetch the file again.")

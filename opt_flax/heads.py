@@ -23,14 +23,17 @@ from opt_common.reference import IGNORED_LABEL
 from opt_flax.cache import KVCache
 from opt_flax.checkpoint import Pretrained
 from opt_flax.layers import Builder
+from opt_flax.lora import Adaptable
 from opt_flax.modeling import FlaxOPTModel, check
+from opt_flax.quantized import Int8Embedding
+from opt_flax.training import Trainable
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTSequenceClassifierOutput)
 jax.tree_util.register_dataclass(OPTQuestionAnsweringOutput)
 
 
-class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
+class FlaxOPTForSequenceClassification(Adaptable, Trainable, Pretrained, nnx.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -51,7 +54,7 @@ class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.score = build.linear(E, C, use_bias=False)
 
     def __call__(
@@ -97,7 +100,7 @@ class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -118,12 +121,12 @@ class FlaxOPTForSequenceClassification(Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
 
-class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
+class FlaxOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nnx.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -144,7 +147,7 @@ class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
             config, attn_implementation=attn_implementation, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.dtype = self.model.dtype
-        build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
+        build = Builder(config.replace(quantization=None), dtype, dtype if param_dtype is None else param_dtype, rngs)
         self.qa_outputs = build.linear(E, 2, use_bias=True)
 
     def __call__(
@@ -188,7 +191,7 @@ class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -211,7 +214,7 @@ class FlaxOPTForQuestionAnswering(Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -1,6 +1,7 @@
 """The pieces that the Flax model is made of: its activation functions, and its layers with their initial weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax.typing import DTypeLike
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
 from opt_common.errors import InputError
+from opt_common.quantization import check_quantization
+from opt_flax.quantized import AVAILABLE, Int8Embedding, Int8Linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -37,10 +40,15 @@ class Builder:
                 "dtype is float64, which JAX has off. Run jax.config.update('jax_enable_x64', True) first."
             )
         self.rngs = rngs
+        self.quantization = config.quantization
+        check_quantization(config, AVAILABLE)
         self.normal = nnx.initializers.normal(config.init_std)
 
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nnx.Linear:
-        """A linear layer."""
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nnx.Linear | Int8Linear:
+        """A linear layer. In few bits it starts as zeros."""
+        if self.quantization is not None:
+            placing: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            return Int8Linear(in_features, out_features, use_bias=use_bias, **placing)
         return nnx.Linear(
             in_features,
             out_features,
@@ -66,6 +74,16 @@ class Builder:
             param_dtype=self.param_dtype,
             rngs=self.rngs,
         )
+
+    def vocabulary(self, rows: int, features: int, *, pad: int | None = None) -> nnx.Embed | Int8Embedding:
+        """A table of the vocabulary's embeddings. In few bits it starts as zeros."""
+        if self.quantization is None:
+            return self.embedding(rows, features, pad=pad)
+        return Int8Embedding(rows, features, dtype=self.dtype)
+
+    def head(self, in_features: int, out_features: int) -> nnx.Linear | Int8Linear:
+        """A linear layer onto the vocabulary, in as many bits as its table."""
+        return self.linear(in_features, out_features, use_bias=False)
 
     def layer_norm(self, features: int, *, affine: bool) -> nnx.LayerNorm:
         """A layer norm, with the variance computed in the way that does not cancel."""

@@ -27,12 +27,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
-from opt_common.reference import IGNORED_LABEL
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_flax.lora import Adaptable
+from opt_flax.quantized import Int8Embedding
+from opt_flax.training import Trainable, causal_lm_loss, run_again
 
 # Results pass through jax.jit.
 jax.tree_util.register_dataclass(OPTModelOutput)
@@ -150,7 +152,7 @@ class FlaxOPTDecoder(nnx.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -161,6 +163,7 @@ class FlaxOPTDecoder(nnx.Module):
             FlaxOPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
         )
         self.layer_dropout = build.dropout(config.layerdrop)
+        self.gradient_checkpointing = False
 
     def __call__(
         self,
@@ -188,15 +191,23 @@ class FlaxOPTDecoder(nnx.Module):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
+        recompute = (
+            self.gradient_checkpointing and not self.layer_dropout.deterministic and cache is None and not use_cache
+        )
         hidden_states: list[Array] = []
         attentions: list[Any] = []
         presents: list[tuple[Array, Array]] = []
         for index, layer in enumerate(self.layers):
-            hidden_states.append(hidden_BTD)
+            if output_hidden_states:
+                hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+            if recompute:
+                new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
+            else:
+                new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+                if use_cache:
+                    presents.append(present)
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
-            presents.append(present)
             attentions.append(probs_BNTS)
         if output_attentions and not isinstance(offset, Tracer):
             # No token, no probability: the cache's unused slots are cut off where their number is known.
@@ -253,7 +264,7 @@ class FlaxOPTDecoder(nnx.Module):
         return jnp.where(keep, new_BTD, hidden_BTD)
 
 
-class FlaxOPTModel(Pretrained, nnx.Module):
+class FlaxOPTModel(Adaptable, Trainable, Pretrained, nnx.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -303,7 +314,7 @@ class FlaxOPTModel(Pretrained, nnx.Module):
             position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
             inputs_embeds: (B, T, E), in place of the rows of the token table.
             past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
-            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            use_cache: whether to return a cache; None means `config.use_cache`, and none in training or with labels.
             output_hidden_states: whether to return every layer's input.
             output_attentions: whether to return attention probabilities.
 
@@ -329,12 +340,12 @@ class FlaxOPTModel(Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return not self.decoder.layer_dropout.deterministic
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
 
-class FlaxOPTForCausalLM(Pretrained, nnx.Module):
+class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -358,7 +369,7 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         self.dtype = self.model.dtype
         if not config.tie_word_embeddings:
             build = Builder(config, dtype, dtype if param_dtype is None else param_dtype, rngs)
-            self.lm_head = build.linear(E, V, use_bias=False)
+            self.lm_head = build.head(E, V)
 
     def __call__(
         self,
@@ -371,12 +382,18 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
+        num_items_in_batch: int | Array | None = None,
         **dropped: Any,
     ) -> OPTCausalLMOutput:
         """Compute logits and, given labels, the loss.
 
         Args:
             labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+            output_logits: whether to return logits. None means yes, but no in training with labels: there the loss is
+                what is wanted, and logits would take most of the memory.
+            num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+                Batches of one step of gradient accumulation are told the number of all of them together.
 
         The other arguments and the errors are those of `FlaxOPTModel`.
         """
@@ -388,15 +405,22 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             **dropped,
         )
-        logits_BTV = self.logits(outputs.last_hidden_state)
+        hidden_BTE = outputs.last_hidden_state
+        if output_logits is None:
+            output_logits = labels is None or not self.training
+        loss = None
+        if labels is not None:
+            loss = causal_lm_loss(
+                self.logits, hidden_BTE, jnp.asarray(labels), self.config.vocab_size, num_items_in_batch
+            )
         return OPTCausalLMOutput(
-            loss=None if labels is None else causal_lm_loss(logits_BTV, jnp.asarray(labels)),
-            logits=logits_BTV,
+            loss=loss,
+            logits=self.logits(hidden_BTE) if output_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -419,19 +443,9 @@ class FlaxOPTForCausalLM(Pretrained, nnx.Module):
         """Whether dropout is on: `train()` and `eval()` switch it."""
         return self.model.training
 
-    def get_input_embeddings(self) -> nnx.Embed:
+    def get_input_embeddings(self) -> nnx.Embed | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
-
-
-def causal_lm_loss(logits_BTV: Array, labels_BT: Array) -> Array:
-    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
-    logits_BTV = logits_BTV[:, :-1].astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-    labels_BT = labels_BT[:, 1:]
-    counted_BT = labels_BT != IGNORED_LABEL
-    log_probs_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(log_probs_BTV, jnp.where(counted_BT, labels_BT, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.where(counted_BT, picked_BT, 0).sum() / counted_BT.sum()
 
 
 def check(

@@ -12,8 +12,10 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
+from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
+from opt_common.quantization import is_quantized
 
 
 class Pretrained:
@@ -22,6 +24,8 @@ class Pretrained:
     head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
+    lora_config: LoraConfig | None = None
+    lora_merged: bool = False
 
     @classmethod
     def from_pretrained(
@@ -31,6 +35,7 @@ class Pretrained:
         revision: str | None = None,
         dtype: str | tf.DType | None = None,
         attn_implementation: str | None = None,
+        quantization: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -43,11 +48,14 @@ class Pretrained:
         """Load a checkpoint.
 
         Args:
-            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
-                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
+                safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
+                what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             attn_implementation: one of `opt_tf.attention.IMPLEMENTATIONS`; None means "eager".
+            quantization: "int8-dynamic" rounds the matrices while they are read, for speed and memory on a CPU; see
+                `opt_common.quantization`. None means what the configuration says, mostly nothing.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -72,6 +80,7 @@ class Pretrained:
         )
         with open_checkpoint(directory, prefer="tf") as checkpoint:
             config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
+            config = config if quantization is None else config.replace(quantization=quantization)
             table, new = split_table(config, cls.head, new_head=new_head)
             checked_parameters(checkpoint, table, new=new)
             requested = dtype.name if isinstance(dtype, tf.DType) else dtype
@@ -81,6 +90,9 @@ class Pretrained:
             model = cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, new_weights=False)
             for parameter in table:
                 array = checkpoint.read(parameter.name)
+                if config.quantization is not None and is_quantized(parameter):
+                    local_place(model, parameter)[0].assign_rounded(array, name)
+                    continue
                 assign(model, parameter, to_array(array, parameter, name))
             for parameter in new:
                 array = new_values(config, parameter)
@@ -99,19 +111,23 @@ class Pretrained:
     ) -> None:
         """Write a checkpoint that this package and Hugging Face `transformers` read.
 
+        Rounded matrices are written as the numbers that they stand for.
+
         Args:
             directory: where to; made if it does not exist.
-            format: "safetensors", "torch", "tf" or "flax".
+            format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
             dtype: dtype to store; None means the model's.
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
-            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+            CheckpointError: if the checkpoint cannot be written, the directory holds another one, or the model has an
+                adapter that isn't merged.
         """
+        check_whole(self.lora_config, merged=self.lora_merged)
         table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,
-            self.config,
+            self.config.replace(quantization=None),
             table,
             lambda parameter: to_numpy(find(self, parameter), parameter),
             format=format,

@@ -121,6 +121,12 @@ class Decoder:
 _STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
+def forget_compiled(model: Any) -> None:
+    """Compile anew what a model's changed layers were compiled into: generation's step, and Keras' own functions."""
+    _STEPS.pop(model, None)
+    model.train_function = model.test_function = model.predict_function = None
+
+
 def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
     if model in _STEPS:
         return _STEPS[model]

@@ -23,11 +23,14 @@ from opt_common.reference import IGNORED_LABEL
 from opt_tf.cache import KVCache
 from opt_tf.checkpoint import Pretrained
 from opt_tf.layers import Builder
+from opt_tf.lora import Adaptable
 from opt_tf.modeling import TFOPTModel, check_call
+from opt_tf.quantized import Int8Embedding
+from opt_tf.training import Trainable
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForSequenceClassification(Pretrained, keras.Model):
+class TFOPTForSequenceClassification(Adaptable, Trainable, Pretrained, keras.Model):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -53,7 +56,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.score = build.linear(E, C, use_bias=False, name="score")
         self.build()
 
@@ -99,7 +102,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
@@ -118,7 +121,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -139,7 +142,7 @@ class TFOPTForSequenceClassification(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForQuestionAnswering(Pretrained, keras.Model):
+class TFOPTForQuestionAnswering(Adaptable, Trainable, Pretrained, keras.Model):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -164,7 +167,7 @@ class TFOPTForQuestionAnswering(Pretrained, keras.Model):
             new_weights=new_weights,
             name="model",
         )
-        build = Builder(config, self.dtype_policy, new_weights)
+        build = Builder(config.replace(quantization=None), self.dtype_policy, new_weights)
         self.qa_outputs = build.linear(E, 2, use_bias=True, name="qa_outputs")
         self.build()
 
@@ -207,7 +210,7 @@ class TFOPTForQuestionAnswering(Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
@@ -228,7 +231,7 @@ class TFOPTForQuestionAnswering(Pretrained, keras.Model):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

@@ -11,6 +11,8 @@ import keras
 import tensorflow as tf
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
+from opt_common.quantization import check_quantization
+from opt_tf.quantized import AVAILABLE, Int8Embedding, Int8Linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "relu": tf.nn.relu,
@@ -37,6 +39,28 @@ class Linear(keras.layers.Dense):
         super().build((None, self.in_features))
 
 
+class Embedding(keras.layers.Embedding):
+    """An `Embedding` layer with a dense gradient.
+
+    TensorFlow's own is a list of rows, in which a token that occurs twice has two; Keras' optimizers square each for
+    itself, so that AdamW takes other steps than it should.
+    """
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Rows of the table."""
+
+        @tf.custom_gradient
+        def look_up(table_VE: tf.Tensor) -> Any:
+            def gradient(upstream: tf.Tensor) -> tf.Tensor:
+                upstream_XE = tf.cast(tf.reshape(upstream, (-1, self.output_dim)), self.variable_dtype)
+                sums_VE = tf.math.unsorted_segment_sum(upstream_XE, tf.reshape(inputs, (-1,)), self.input_dim)
+                return tf.cast(sums_VE, table_VE.dtype)
+
+            return tf.cast(tf.gather(table_VE, inputs), self.compute_dtype), gradient
+
+        return look_up(tf.convert_to_tensor(self.embeddings))
+
+
 class LayerNorm(keras.layers.LayerNormalization):
     """A `LayerNormalization` that knows its input's width, so that it can be built before it is called."""
 
@@ -58,18 +82,22 @@ class Builder:
     def __init__(self, config: OPTConfig, dtype: Any, new_weights: bool) -> None:
         self.dtype = dtype
         self.std = config.init_std if new_weights else 0.0
+        self.quantization = config.quantization
+        check_quantization(config, AVAILABLE)
 
     def normal(self) -> keras.initializers.Initializer:
         """A new initialiser: one that is used twice gives the same numbers twice."""
         return keras.initializers.RandomNormal(stddev=self.std) if self.std else keras.initializers.Zeros()
 
-    def linear(self, in_features: int, out_features: int, *, use_bias: bool, name: str) -> Linear:
-        """A linear layer."""
+    def linear(self, in_features: int, out_features: int, *, use_bias: bool, name: str) -> Linear | Int8Linear:
+        """A linear layer. In few bits it starts as zeros."""
+        if self.quantization is not None:
+            return Int8Linear(in_features, out_features, use_bias=use_bias, dtype=self.dtype, name=name)
         return Linear(
             in_features, out_features, use_bias=use_bias, kernel_initializer=self.normal(), dtype=self.dtype, name=name
         )
 
-    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> keras.layers.Embedding:
+    def embedding(self, rows: int, features: int, *, pad: int | None = None, name: str) -> Embedding:
         """A table of embeddings; row `pad` starts as zeros."""
         normal = self.normal()
 
@@ -78,7 +106,19 @@ class Builder:
             is_pad_VE = (tf.range(rows) == (-1 if pad is None else pad))[:, None]
             return tf.where(is_pad_VE, tf.zeros_like(table), table)
 
-        return keras.layers.Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
+        return Embedding(rows, features, embeddings_initializer=initialise, dtype=self.dtype, name=name)
+
+    def vocabulary(
+        self, rows: int, features: int, *, pad: int | None = None, name: str
+    ) -> keras.layers.Embedding | Int8Embedding:
+        """A table of the vocabulary's embeddings. In few bits it starts as zeros."""
+        if self.quantization is None:
+            return self.embedding(rows, features, pad=pad, name=name)
+        return Int8Embedding(rows, features, dtype=self.dtype, name=name)
+
+    def head(self, in_features: int, out_features: int, *, name: str) -> Linear | Int8Linear:
+        """A linear layer onto the vocabulary, in as many bits as its table."""
+        return self.linear(in_features, out_features, use_bias=False, name=name)
 
     def layer_norm(self, features: int, *, affine: bool, name: str) -> LayerNorm:
         """A layer norm."""

@@ -30,12 +30,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
-from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate
-from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
+from opt_tf.lora import Adaptable
+from opt_tf.quantized import Int8Embedding
+from opt_tf.training import Trainable, causal_lm_loss, run_again
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -137,6 +139,7 @@ class TFOPTDecoderLayer(keras.layers.Layer):
         past: tuple[tf.Tensor, tf.Tensor] | None = None,
         offset: int | tf.Tensor = 0,
         output_attentions: bool = False,
+        training: bool | None = None,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], tf.Tensor | None]:
         """Arguments and results are those of `TFOPTAttention`."""
         pre_norm = self.config.do_layer_norm_before
@@ -169,7 +172,7 @@ class TFOPTDecoder(keras.layers.Layer):
         super().__init__(dtype=build.dtype, name="decoder")
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id, name="embed_tokens")
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id, name="embed_tokens")
         P = config.max_position_embeddings + POSITION_OFFSET
         self.embed_positions = build.embedding(P, D, name="embed_positions")
         if config.has_projection:
@@ -180,6 +183,7 @@ class TFOPTDecoder(keras.layers.Layer):
             self.final_layer_norm = build.layer_norm(D, affine=affine, name="final_layer_norm")
         self.layers = [TFOPTDecoderLayer(config, build, name=f"layers.{i}") for i in range(config.num_hidden_layers)]
         self.layer_dropout = build.dropout(config.layerdrop)
+        self.gradient_checkpointing = False
 
     def build(self, input_shape: Any = None) -> None:
         """Make the weights; no shape is needed."""
@@ -199,6 +203,7 @@ class TFOPTDecoder(keras.layers.Layer):
         use_cache: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        training: bool | None = None,
     ) -> OPTModelOutput:
         """Arguments and result are those of `TFOPTModel`."""
         tokens_BTE = self.embed(input_ids, inputs_embeds)
@@ -215,17 +220,23 @@ class TFOPTDecoder(keras.layers.Layer):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
+        recompute = self.gradient_checkpointing and training and cache is None and not use_cache
         hidden_states: list[tf.Tensor] = []
         attentions: list[tf.Tensor | None] = []
         presents: list[tuple[tf.Tensor, tf.Tensor]] = []
         for index, layer in enumerate(self.layers):
-            hidden_states.append(hidden_BTD)
+            if output_hidden_states:
+                hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            new_BTD, present, probs_BNTS = layer(
-                hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions
-            )
+            if recompute:
+                new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
+            else:
+                new_BTD, present, probs_BNTS = layer(
+                    hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions
+                )
+                if use_cache:
+                    presents.append(present)
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
-            presents.append(present)
             attentions.append(probs_BNTS)
         if output_attentions and not is_traced(offset):
             # No token, no probability: the cache's unused slots are cut off where their number is known.
@@ -291,7 +302,7 @@ class TFOPTDecoder(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTModel(Pretrained, keras.Model):
+class TFOPTModel(Adaptable, Trainable, Pretrained, keras.Model):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -352,7 +363,7 @@ class TFOPTModel(Pretrained, keras.Model):
             position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
             inputs_embeds: (B, T, E), in place of the rows of the token table.
             past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
-            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            use_cache: whether to return a cache; None means `config.use_cache`, and none in training or with labels.
             output_hidden_states: whether to return every layer's input.
             output_attentions: whether to return attention probabilities.
             training: whether dropout is on; Keras knows inside `fit`.
@@ -372,7 +383,7 @@ class TFOPTModel(Pretrained, keras.Model):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
@@ -393,7 +404,7 @@ class TFOPTModel(Pretrained, keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")
-class TFOPTForCausalLM(Pretrained, keras.Model):
+class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -421,7 +432,7 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         )
         if not config.tie_word_embeddings:
             build = Builder(config, self.dtype_policy, new_weights)
-            self.lm_head = build.linear(E, V, use_bias=False, name="lm_head")
+            self.lm_head = build.head(E, V, name="lm_head")
         self.build()
 
     def build(self, input_shape: Any = None) -> None:
@@ -445,12 +456,18 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
+        num_items_in_batch: int | tf.Tensor | None = None,
         training: bool | None = None,
     ) -> OPTCausalLMOutput:
         """Compute logits and, given labels, the loss.
 
         Args:
             labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+            output_logits: whether to return logits. None means yes, but no in training with labels: there the loss is
+                what is wanted, and logits would take most of the memory.
+            num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+                Batches of one step of gradient accumulation are told the number of all of them together.
 
         The other arguments and the errors are those of `TFOPTModel`.
         """
@@ -460,15 +477,26 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             training=training,
         )
-        logits_BTV = self.logits(outputs.last_hidden_state)
+        hidden_BTE = outputs.last_hidden_state
+        if output_logits is None:
+            output_logits = labels is None or not training
+        loss = None
+        if labels is not None:
+            if self.config.tie_word_embeddings:
+                head = (self.get_input_embeddings().embeddings, True)
+            else:
+                # A layer of another kind, as with an adapter, is more than its kernel.
+                head = (self.lm_head.kernel, False) if type(self.lm_head) is Linear else self.logits
+            labels = tf.convert_to_tensor(labels)
+            loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
-            loss=None if labels is None else causal_lm_loss(logits_BTV, tf.convert_to_tensor(labels)),
-            logits=logits_BTV,
+            loss=loss,
+            logits=self.logits(hidden_BTE) if output_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -476,9 +504,12 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
 
     def logits(self, hidden_BTE: tf.Tensor) -> tf.Tensor:
         """The head: hidden states (…, E) to logits (…, V)."""
+        table = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
+            return table.attend(hidden_BTE)
         if self.config.tie_word_embeddings:
             # One two-dimensional product: the table is read as it lies, not transposed first.
-            table_VE = tf.cast(self.get_input_embeddings().embeddings, hidden_BTE.dtype)
+            table_VE = tf.cast(table.embeddings, hidden_BTE.dtype)
             *outer, E = keras.ops.shape(hidden_BTE)
             logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
@@ -490,7 +521,7 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         """Continue each prompt; see `opt_tf.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
-    def get_input_embeddings(self) -> keras.layers.Embedding:
+    def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
@@ -510,24 +541,13 @@ class TFOPTForCausalLM(Pretrained, keras.Model):
         return cls(OPTConfig.from_dict(values.pop("config")), **values)
 
 
-def causal_lm_loss(logits_BTV: tf.Tensor, labels_BT: tf.Tensor) -> tf.Tensor:
-    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
-    at_least_float32 = tf.float64 if logits_BTV.dtype == tf.float64 else tf.float32
-    logits_BTV = tf.cast(logits_BTV[:, :-1], at_least_float32)
-    labels_BT = labels_BT[:, 1:]
-    counted_BT = labels_BT != IGNORED_LABEL
-    losses_BT = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(counted_BT, labels_BT, 0), logits_BTV)
-    zero = tf.zeros((), at_least_float32)
-    return tf.reduce_sum(tf.where(counted_BT, losses_BT, zero)) / tf.reduce_sum(tf.cast(counted_BT, at_least_float32))
-
-
 def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model call by name, checked. Outside `call`, where Keras would bury an error's sentence."""
     if arguments and isinstance(arguments[0], Mapping):
         options = {**arguments[0], **options}
         arguments = arguments[1:]
     signature = inspect.signature(model.call)
-    reject_dropped({name: options[name] for name in options.keys() - signature.parameters.keys()})
+    reject_dropped({name: options.pop(name) for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
     names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
     targets = ("labels", "start_positions", "end_positions")

@@ -14,8 +14,10 @@ from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
+from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
 from opt_common.pretrained import choose_dtype, split_table, with_labels
+from opt_common.quantization import is_quantized
 
 
 class Pretrained:
@@ -24,6 +26,8 @@ class Pretrained:
     head: ClassVar[Head | None]
     config: OPTConfig
     generation_config: GenerationConfig
+    lora_config: LoraConfig | None = None
+    lora_merged: bool = False
 
     @classmethod
     def from_pretrained(
@@ -35,6 +39,7 @@ class Pretrained:
         torch_dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
+        quantization: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -47,13 +52,16 @@ class Pretrained:
         """Load a checkpoint, in evaluation mode.
 
         Args:
-            path_or_id: a directory, or the id of a repository on the Hugging Face Hub. Any format will do: safetensors,
-                `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded.
+            path_or_id: a directory, a weight file, or the id of a repository on the Hugging Face Hub. Any format does:
+                safetensors, `pytorch_model.bin`, `tf_model.h5` or `flax_model.msgpack`, in one file or sharded, and
+                what a framework saved itself (a state dict, `.weights.h5`, `.keras`, Orbax).
             revision: branch, tag or commit of the repository.
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             torch_dtype: the older name of `dtype`.
             device: where the parameters go; None means PyTorch's default.
             attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
+            quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory
+                on a CPU; see `opt_common.quantization`. None means what the configuration says, mostly nothing.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -78,6 +86,7 @@ class Pretrained:
         )
         with open_checkpoint(directory, prefer="torch") as checkpoint:
             config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
+            config = config if quantization is None else config.replace(quantization=quantization)
             table, new = split_table(config, cls.head, new_head=new_head)
             checked_parameters(checkpoint, table, new=new)
             requested = dtype if dtype is not None else torch_dtype
@@ -87,7 +96,12 @@ class Pretrained:
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
-                tensor = to_tensor(checkpoint.read(parameter.name))
+                array = checkpoint.read(parameter.name)
+                if config.quantization is not None and is_quantized(parameter):
+                    layer: Any = local_place(model, parameter)[0]
+                    layer.assign_rounded(array, device or torch.get_default_device(), getattr(torch, name))
+                    continue
+                tensor = to_tensor(array)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
             for parameter in new:
                 tensor = new_values(config, parameter)
@@ -96,6 +110,21 @@ class Pretrained:
             model.tie_weights()
             model.generation_config = GenerationConfig.from_directory(Path(directory), config)
         return model.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, and of the arithmetic."""
+        return self.position_table().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.position_table().device
+
+    def position_table(self) -> Tensor:
+        """A parameter that every model has, and none rounds."""
+        decoder = cast(Any, self).decoder if self.head is None else cast(Any, self).model.decoder
+        return decoder.embed_positions.weight
 
     def save_pretrained(
         self,
@@ -107,23 +136,27 @@ class Pretrained:
     ) -> None:
         """Write a checkpoint that this package and Hugging Face `transformers` read.
 
+        Rounded matrices are written as the numbers that they stand for.
+
         Args:
             directory: where to; made if it does not exist.
-            format: "safetensors", "torch", "tf" or "flax".
+            format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
             dtype: dtype to store; None means the model's.
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
-            CheckpointError: if the checkpoint cannot be written or the directory holds another one.
+            CheckpointError: if the checkpoint cannot be written, the directory holds another one, or the model has an
+                adapter that isn't merged.
         """
+        check_whole(self.lora_config, merged=self.lora_merged)
         table = parameter_table(self.config, head=self.head)
         save_checkpoint(
             directory,
-            self.config,
+            self.config.replace(quantization=None),
             table,
             lambda parameter: to_numpy(find(self, parameter)),
             format=format,
-            dtype=dtype or str(find(self, table[0]).dtype).removeprefix("torch."),
+            dtype=dtype or str(self.dtype).removeprefix("torch."),
             max_shard_size=max_shard_size,
             generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
             bare=self.head is None,

@@ -79,7 +79,7 @@ class Decoder:
         self.model = model
         self.new_tokens = prompt.new_tokens
         self.program = program(prompt.processors)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
 
     def on_device(self, array: np.ndarray) -> Tensor:
@@ -93,7 +93,7 @@ class Decoder:
             self.model.config,
             B,
             T + self.new_tokens,
-            dtype=self.model.get_input_embeddings().weight.dtype,
+            dtype=self.model.dtype,
             device=self.device,
         )
         mask_BS = torch.ones((B, self.cache.capacity), dtype=torch.long)

@@ -21,10 +21,13 @@ from opt_common.reference import IGNORED_LABEL
 from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
 from opt_torch.layers import Builder
+from opt_torch.lora import Adaptable
 from opt_torch.modeling import OPTModel, check
+from opt_torch.quantized import Int8Embedding
+from opt_torch.training import Trainable
 
 
-class OPTForSequenceClassification(Pretrained, nn.Module):
+class OPTForSequenceClassification(Adaptable, Trainable, Pretrained, nn.Module):
     """The sequence classifier: token ids in, logits of the labels out."""
 
     head = "sequence_classification"
@@ -42,7 +45,7 @@ class OPTForSequenceClassification(Pretrained, nn.Module):
         C, E = config.num_labels, config.word_embed_proj_dim
         self.config = config
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
-        build = Builder(config, dtype, device)
+        build = Builder(config.replace(quantization=None), dtype, device)
         self.score = build.linear(E, C, use_bias=False)
 
     def forward(
@@ -88,7 +91,7 @@ class OPTForSequenceClassification(Pretrained, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -104,12 +107,12 @@ class OPTForSequenceClassification(Pretrained, nn.Module):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
 
-class OPTForQuestionAnswering(Pretrained, nn.Module):
+class OPTForQuestionAnswering(Adaptable, Trainable, Pretrained, nn.Module):
     """Extractive question answering: token ids in, logits of where the answer starts and ends out."""
 
     head = "question_answering"
@@ -127,7 +130,7 @@ class OPTForQuestionAnswering(Pretrained, nn.Module):
         E = config.word_embed_proj_dim
         self.config = config
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
-        build = Builder(config, dtype, device)
+        build = Builder(config.replace(quantization=None), dtype, device)
         self.qa_outputs = build.linear(E, 2, use_bias=True)
 
     def forward(
@@ -171,7 +174,7 @@ class OPTForQuestionAnswering(Pretrained, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and start_positions is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -189,7 +192,7 @@ class OPTForQuestionAnswering(Pretrained, nn.Module):
             attentions=outputs.attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 

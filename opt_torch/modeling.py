@@ -12,11 +12,11 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from opt_common.config import POSITION_OFFSET, OPTConfig, problem_type_of
 from opt_common.errors import InputError
@@ -24,12 +24,14 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
-from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.lora import Adaptable
+from opt_torch.quantized import Int8Embedding
+from opt_torch.training import Trainable, causal_lm_loss, run_again
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class OPTDecoder(nn.Module):
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
         self.config = config
-        self.embed_tokens = build.embedding(V, E, pad=config.pad_token_id)
+        self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
         if config.has_projection:
             self.project_out = build.linear(D, E, use_bias=False)
@@ -156,6 +158,8 @@ class OPTDecoder(nn.Module):
             OPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
         )
         self.layer_dropout = build.dropout(config.layerdrop)
+        self.gradient_checkpointing = False
+        self.checkpoint_options: Mapping[str, Any] = {}
 
     def forward(
         self,
@@ -179,15 +183,21 @@ class OPTDecoder(nn.Module):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, T, offset, hidden_BTD)
 
+        recompute = self.gradient_checkpointing and self.training and cache is None and not use_cache
         hidden_states: list[Tensor] = []
-        attentions: list[Tensor] = []
+        attentions: list[Tensor | None] = []
         presents: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.layers):
-            hidden_states.append(hidden_BTD)
+            if output_hidden_states:
+                hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+            if recompute:
+                new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions, self.checkpoint_options)
+            else:
+                new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+                if use_cache:
+                    presents.append(present)
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)
-            presents.append(present)
             attentions.append(probs_BNTS)
 
         if self.config.has_final_layer_norm:
@@ -244,7 +254,7 @@ class OPTDecoder(nn.Module):
         return torch.where(keep, new_BTD, hidden_BTD)
 
 
-class OPTModel(Pretrained, nn.Module):
+class OPTModel(Adaptable, Trainable, Pretrained, nn.Module):
     """The bare decoder: token ids in, hidden states out."""
 
     head = None
@@ -292,7 +302,7 @@ class OPTModel(Pretrained, nn.Module):
             position_ids: (B, T) from 0 to max_position_embeddings - 1, -1 for padding; None counts attended tokens.
             inputs_embeds: (B, T, E), in place of the rows of the token table.
             past_key_values: the cache of an earlier call; may be allocated in advance with `KVCache.allocate`.
-            use_cache: whether to return a cache; None means `config.use_cache`, and no cache in training.
+            use_cache: whether to return a cache; None means `config.use_cache`, and none in training or with labels.
             output_hidden_states: whether to return every layer's input.
             output_attentions: whether to return attention probabilities.
 
@@ -316,12 +326,12 @@ class OPTModel(Pretrained, nn.Module):
             output_attentions=output_attentions,
         )
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.decoder.embed_tokens
 
 
-class OPTForCausalLM(Pretrained, nn.Module):
+class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
     """The language model: token ids in, logits of the next token out."""
 
     head = "lm"
@@ -341,7 +351,7 @@ class OPTForCausalLM(Pretrained, nn.Module):
         self.generation_config = GenerationConfig.from_model_config(config)
         self.model = OPTModel(config, attn_implementation=attn_implementation, dtype=dtype, device=device)
         build = Builder(config, dtype, device)
-        self.lm_head = build.linear(E, V, use_bias=False)
+        self.lm_head = build.head(E, V)
         self.tie_weights()
 
     def forward(
@@ -355,12 +365,18 @@ class OPTForCausalLM(Pretrained, nn.Module):
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        output_logits: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **dropped: Any,
     ) -> OPTCausalLMOutput:
         """Compute logits and, given labels, the loss.
 
         Args:
             labels: (B, T) ids; position t is scored on label t + 1, and -100 does not count.
+            output_logits: whether to return logits. None means yes, but no in training with labels: there the loss is
+                what is wanted, and logits would take most of the memory.
+            num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+                Batches of one step of gradient accumulation are told the number of all of them together.
 
         The other arguments and the errors are those of `OPTModel`.
         """
@@ -372,15 +388,20 @@ class OPTForCausalLM(Pretrained, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             **dropped,
         )
-        logits_BTV = self.logits(outputs.last_hidden_state)
+        hidden_BTE = outputs.last_hidden_state
+        if output_logits is None:
+            output_logits = labels is None or not self.training
+        loss = None
+        if labels is not None:
+            loss = causal_lm_loss(self.logits, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
-            loss=None if labels is None else causal_lm_loss(logits_BTV, labels),
-            logits=logits_BTV,
+            loss=loss,
+            logits=self.logits(hidden_BTE) if output_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -396,21 +417,23 @@ class OPTForCausalLM(Pretrained, nn.Module):
         """Continue each prompt; see `opt_torch.generation.generate`."""
         return generate(self, input_ids, attention_mask, **settings)
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
+        """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""
+        return {"input_ids": input_ids, **arguments}
+
+    def get_input_embeddings(self) -> nn.Embedding | Int8Embedding:
         """The token table."""
         return self.model.get_input_embeddings()
 
     def tie_weights(self) -> None:
         """Make the head the token table, if the configuration says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.decoder.embed_tokens.weight
-
-
-def causal_lm_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts."""
-    logits_BTV = logits_BTV[:, :-1].to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    labels_BT = labels_BT[:, 1:].to(logits_BTV.device, torch.long)
-    return functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL)
+        if not self.config.tie_word_embeddings:
+            return
+        table = self.get_input_embeddings()
+        if isinstance(table, Int8Embedding):
+            self.lm_head: Any = table.head()
+        else:
+            self.lm_head.weight = table.weight
 
 
 def check(

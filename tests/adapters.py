@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -105,6 +107,12 @@ class Adapter:
         """Number of elements in all of the model's trainable parameters, as the framework counts them."""
         raise NotImplementedError
 
+    # Saving as the framework does
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        """The framework's own functions that save a model: the name of what they write -> one that writes it there."""
+        raise NotImplementedError
+
     # Computing
 
     def forward(self, model: Any, *, training: bool = False, checked: bool = False, **arguments: Any) -> Results:
@@ -114,7 +122,7 @@ class Adapter:
         """
         with self.scope(model):
             arguments = {name: self.tensor(value) for name, value in arguments.items()}
-            call = self.call if checked or training else self.quick_call
+            call = self.call if checked else self.quick_call
             return self.results(call(model, training, arguments))
 
     def quick_call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
@@ -136,17 +144,46 @@ class Adapter:
             cache=output.past_key_values,
         )
 
-    def gradients(self, model: Any, **arguments: Any) -> dict[str, np.ndarray]:
+    def gradients(
+        self, model: Any, table: tuple[Parameter, ...] | None = None, *, training: bool = False, **arguments: Any
+    ) -> dict[str, np.ndarray]:
         """The gradient of the loss with respect to every parameter: canonical name -> canonical layout."""
+        table = self.table(model) if table is None else table
         with self.scope(model):
-            found = self.loss_gradients(model, {name: self.tensor(value) for name, value in arguments.items()})
+            arguments = {name: self.tensor(value) for name, value in arguments.items()}
+            found = self.loss_gradients(model, table, arguments, training=training)
         return {
             parameter.name: found(parameter).T if parameter.transposed(self.scheme) else found(parameter)
-            for parameter in self.table(model)
+            for parameter in table
         }
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
+    ) -> Callable[[Parameter], np.ndarray]:
         """The gradients of the loss in the framework's layout, by parameter."""
+        raise NotImplementedError
+
+    # Training
+
+    def reseed(self, model: Any, seed: int) -> None:
+        """Let dropout draw the same numbers from here on as after the last call with this seed."""
+        raise NotImplementedError
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        """A step of AdamW on each batch, with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay`.
+
+        Returns the losses; the model is left in evaluation.
+        """
+        raise NotImplementedError
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        """Number of elements of the largest array that is computed on the way to the gradients of the loss."""
+        raise NotImplementedError
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        """How many layers the backward pass of a training step computes again."""
         raise NotImplementedError
 
     def generate(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> np.ndarray:
@@ -181,6 +218,20 @@ class Adapter:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
 
+    def int8_product(self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """`opt_common.quantization.int8_product`."""
+        return self.array(self.rounded_layers().int8_product(*map(self.tensor, (inputs, codes, scales))))
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        """Gradient of that product's inputs."""
+        raise NotImplementedError
+
+    def rounded_layers(self) -> Any:
+        """The module with layers in few bits."""
+        return importlib.import_module(f"{self.package.__name__}.quantized")
+
     def process(
         self, found: Any, tokens: np.ndarray, attended: np.ndarray, scores: np.ndarray, gates: np.ndarray
     ) -> np.ndarray:
@@ -202,6 +253,9 @@ class Adapter:
         module = importlib.import_module(f"{self.package.__name__}.processors")
         with self.precision(str(scores.dtype)):
             return self.array(module.choose(self.tensor(scores), self.tensor(uniforms)))
+
+    def retrace(self) -> None:
+        """Forget what was compiled: something that it reads has changed."""
 
     def allocate_cache(self, model: Any, batch_size: int, capacity: int, dtype: str = "float32") -> Any:
         """An empty cache of a fixed capacity."""
@@ -245,6 +299,14 @@ def widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
 
 
+def counted_calls(adapter: Adapter, model: Any, arguments: Mapping[str, Any]) -> int:
+    """How often attention is computed in a training step: once in each layer, and again where it was not kept."""
+    modeling = importlib.import_module(f"{adapter.package.__name__}.modeling")
+    with mock.patch.object(modeling, "attend", wraps=modeling.attend) as attend:
+        adapter.gradients(model, training=True, **arguments)
+    return attend.call_count
+
+
 def walk(tree: Any, path: tuple[str, ...]) -> Any:
     """Follow a parameter's path through attributes, and through lists by number."""
     for part in path:
@@ -281,7 +343,17 @@ class TorchAdapter(Adapter):
             variable.copy_(self.torch.from_numpy(value))
 
     def count(self, model: Any) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        state, save = model.state_dict(), self.torch.save
+        compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+        return {
+            "model.pt": lambda path: save(state, path),
+            "epoch-3.pth": lambda path: save(state, path),
+            "weights.bin": lambda path: save(dict(state), path, _use_new_zipfile_serialization=False),
+            "compiled.pt": lambda path: save(compiled, path),
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         model.train(training)
@@ -291,12 +363,59 @@ class TorchAdapter(Adapter):
         finally:
             model.eval()
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
+    ) -> Callable[[Parameter], np.ndarray]:
         model.zero_grad()
+        model.train(training)
         model(**arguments).loss.backward()
-        found = {parameter.name: self.parameter(model, parameter).grad for parameter in self.table(model)}
+        model.eval()
+        found = {parameter.name: self.parameter(model, parameter).grad for parameter in table}
         model.zero_grad()
         return lambda parameter: self.array(found[parameter.name])
+
+    def reseed(self, model: Any, seed: int) -> None:
+        self.torch.manual_seed(seed)
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        optimizer = self.torch.optim.AdamW(
+            model.parameters(),
+            lr=settings["learning_rate"],
+            betas=(settings["beta_1"], settings["beta_2"]),
+            eps=settings["epsilon"],
+            weight_decay=settings["weight_decay"],
+        )
+        model.train()
+        losses = []
+        for batch in batches:
+            loss = model(**{name: self.tensor(value) for name, value in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(self.array(loss))
+        model.eval()
+        return losses
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        sizes = []
+
+        class Recorder(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                tensors = result if isinstance(result, tuple | list) else (result,)
+                sizes.extend(tensor.numel() for tensor in tensors if hasattr(tensor, "numel"))
+                return result
+
+        with Recorder():
+            self.gradients(model, training=True, **arguments)
+        return max(sizes)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        return counted_calls(self, model, arguments) - model.config.num_hidden_layers
 
     def dtype(self, name: str) -> Any:
         return getattr(self.torch, name)
@@ -310,6 +429,31 @@ class TorchAdapter(Adapter):
     def array(self, value: Any) -> np.ndarray:
         value = value.detach()
         return value.float().numpy() if value.dtype == self.torch.bfloat16 else widened(value.numpy())
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        rows = self.tensor(inputs).requires_grad_()
+        product = self.rounded_layers().int8_product(rows, self.tensor(codes), self.tensor(scales))
+        product.backward(self.tensor(upstream))
+        return self.array(rows.grad)
+
+    def rounded_linear(self, weight: np.ndarray, scheme: str) -> Any:
+        """A linear layer in few bits."""
+        F, D = weight.shape
+        placing: dict[str, Any] = {"use_bias": False, "device": "cpu", "dtype": None}
+        module = self.rounded_layers()
+        layer = (
+            module.Int4Linear(D, F, **placing)
+            if scheme == "int4"
+            else module.Int8Linear(D, F, dynamic=False, **placing)
+        )
+        layer.assign_rounded(weight, "cpu", None)
+        return layer
+
+    def call_layer(self, layer: Any, inputs: np.ndarray) -> np.ndarray:
+        """A layer's outputs."""
+        return self.array(layer(self.tensor(inputs)))
 
 
 class TFAdapter(Adapter):
@@ -341,6 +485,31 @@ class TFAdapter(Adapter):
     def count(self, model: Any) -> int:
         return sum(int(np.prod(variable.shape)) for variable in model.trainable_variables)
 
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        import keras
+
+        def train_state(path: Path) -> None:
+            model.compile(optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            model.optimizer.build(model.trainable_variables)
+            model.save(path)
+
+        def quietly(save: Callable[[Path], Any]) -> Callable[[Path], None]:
+            def call(path: Path) -> None:
+                with warnings.catch_warnings():
+                    # Keras hands NumPy its own variables, in a way that NumPy means to drop.
+                    warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+                    save(path)
+
+            return call
+
+        gigabytes = 2e-5
+        return {
+            "model.weights.h5": quietly(model.save_weights),
+            "model.keras": quietly(model.save),
+            "sharded.weights.json": quietly(lambda path: model.save_weights(path, max_shard_size=gigabytes)),
+            "trained.keras": quietly(train_state),
+        }
+
     @contextlib.contextmanager
     def uncompiled(self) -> Iterator[None]:
         self.tf.config.run_functions_eagerly(True)
@@ -352,12 +521,59 @@ class TFAdapter(Adapter):
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
-        variables = {parameter.name: self.parameter(model, parameter) for parameter in self.table(model)}
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
+    ) -> Callable[[Parameter], np.ndarray]:
+        variables = {parameter.name: self.parameter(model, parameter) for parameter in table}
         with self.tf.GradientTape() as tape:
-            loss = model(**arguments).loss
+            loss = model(**arguments, training=training).loss
         gradients = tape.gradient(loss, {name: variable.value for name, variable in variables.items()})
         return lambda parameter: self.array(self.tf.convert_to_tensor(gradients[parameter.name]))
+
+    def reseed(self, model: Any, seed: int) -> None:
+        for variable in model.variables:
+            if "seed" in variable.path:
+                variable.assign([seed, 0])
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        import keras
+
+        # Keras rounds the learning rate to its own dtype, and TensorFlow Python's numbers, but not NumPy's, to float32.
+        keras.config.set_floatx(model.variable_dtype)
+        settings = {name: np.dtype(model.variable_dtype).type(value) for name, value in settings.items()}
+        settings["learning_rate"] = float(settings["learning_rate"])
+        try:
+            optimizer = keras.optimizers.AdamW(**settings)
+            optimizer.build(model.trainable_variables)
+            losses = []
+            for step, batch in enumerate(batches):
+                # Keras adds epsilon before it corrects the bias of the second moment, the others after.
+                optimizer.epsilon = settings["epsilon"] * (1 - settings["beta_2"] ** (step + 1)) ** 0.5
+                with self.tf.GradientTape() as tape:
+                    loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
+                optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+                losses.append(self.array(loss))
+            return losses
+        finally:
+            keras.config.set_floatx("float32")
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        @self.tf.function(autograph=False)
+        def step(arguments: Mapping[str, Any]) -> Any:
+            with self.tf.GradientTape() as tape:
+                loss = model(**arguments, training=True).loss
+            return tape.gradient(loss, model.trainable_variables)
+
+        concrete = step.get_concrete_function({name: self.tensor(value) for name, value in arguments.items()})
+        graph = concrete.graph.as_graph_def(add_shapes=True)
+        nodes = [*graph.node, *(node for function in graph.library.function for node in function.node_def)]
+        shapes = [shape for node in nodes for shape in node.attr["_output_shapes"].list.shape if not shape.unknown_rank]
+        return max(int(np.prod([axis.size for axis in shape.dim], dtype=np.int64)) for shape in shapes)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        return counted_calls(self, model, arguments) - model.config.num_hidden_layers
 
     def tensor(self, value: Any) -> Any:
         return self.tf.constant(value) if isinstance(value, np.ndarray) else value
@@ -367,6 +583,17 @@ class TFAdapter(Adapter):
 
     def array(self, value: Any) -> np.ndarray:
         return widened(value.numpy())
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        import tensorflow as tf
+
+        rows = tf.constant(inputs)
+        with tf.GradientTape() as tape:
+            tape.watch(rows)
+            product = self.rounded_layers().int8_product(rows, self.tensor(codes), self.tensor(scales))
+        return self.array(tape.gradient(product, rows, output_gradients=self.tensor(upstream)))
 
 
 class FlaxAdapter(Adapter):
@@ -386,9 +613,13 @@ class FlaxAdapter(Adapter):
             "sequence_classification": opt_flax.FlaxOPTForSequenceClassification,
             "question_answering": opt_flax.FlaxOPTForQuestionAnswering,
         }
-        flags = ("use_cache", "output_hidden_states", "output_attentions")
-        self.compiled_call = nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
-        self.compiled_gradient = nnx.jit(nnx.grad(lambda model, arguments: model(**arguments).loss))
+        self.retrace()
+
+    def retrace(self) -> None:
+        flags = ("use_cache", "output_hidden_states", "output_attentions", "output_logits")
+        self.compiled_call = self.nnx.jit(lambda model, **arguments: model(**arguments), static_argnames=flags)
+        self.compiled_gradient = self.nnx.jit(self.nnx.grad(lambda model, arguments: model(**arguments).loss))
+        self.compiled_loss = self.nnx.jit(self.nnx.value_and_grad(lambda model, arguments: model(**arguments).loss))
 
     def build(self, config: OPTConfig, *, dtype: str = "float32", bare: bool = False, head: Head | None = None) -> Any:
         with self.precision(dtype):
@@ -409,7 +640,33 @@ class FlaxAdapter(Adapter):
             variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
 
     def count(self, model: Any) -> int:
-        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, self.nnx.Param)))
+        kind = self.nnx.LoRAParam if model.lora_config else self.nnx.Param
+        return sum(leaf.size for leaf in self.jax.tree.leaves(self.nnx.state(model, kind)))
+
+    def native_saves(self, model: Any) -> dict[str, Callable[[Path], Any]]:
+        from orbax import checkpoint
+
+        state = self.nnx.state(model)
+        arrays = self.nnx.to_pure_dict(self.nnx.state(model, self.nnx.Param))
+
+        def standard(tree: Any) -> Callable[[Path], None]:
+            def save(path: Path) -> None:
+                with checkpoint.StandardCheckpointer() as saver:
+                    saver.save(path, tree)
+
+            return save
+
+        def manager(path: Path) -> None:
+            with checkpoint.CheckpointManager(path.parent) as saver:
+                saver.save(int(path.name), args=checkpoint.args.StandardSave(state))
+
+        apart = checkpoint.PyTreeCheckpointer(use_ocdbt=False)
+        return {
+            "state": standard(state),
+            "arrays": standard(arrays),
+            "apart": lambda path: apart.save(path, arrays),
+            "steps/3": manager,
+        }
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         (model.train if training else model.eval)()
@@ -423,24 +680,95 @@ class FlaxAdapter(Adapter):
         # makes room for new tokens outside of compiled functions only.
         if "past_key_values" in arguments:
             return self.call(model, training, arguments)
-        return self.compiled_call(model, **arguments)
+        (model.train if training else model.eval)()
+        try:
+            return self.compiled_call(model, **arguments)
+        finally:
+            model.eval()
 
-    def loss_gradients(self, model: Any, arguments: Mapping[str, Any]) -> Callable[[Parameter], np.ndarray]:
+    def loss_gradients(
+        self, model: Any, table: tuple[Parameter, ...], arguments: Mapping[str, Any], *, training: bool
+    ) -> Callable[[Parameter], np.ndarray]:
+        (model.train if training else model.eval)()
         gradients = self.compiled_gradient(model, dict(arguments))
+        model.eval()
 
         def find(parameter: Parameter) -> np.ndarray:
             found = gradients
             for part in parameter.path(self.scheme):
+                if "base_layer" in found and part not in found:
+                    found = found["base_layer"]
                 found = found[int(part) if part.isdigit() else part]
             return self.array(found)
 
         return find
+
+    def reseed(self, model: Any, seed: int) -> None:
+        self.nnx.reseed(model, dropout=seed, default=seed)
+
+    def train(
+        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
+    ) -> list[np.ndarray]:
+        import optax
+
+        names = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
+        chain = optax.adamw(**{names.get(name, name): value for name, value in settings.items()})
+        with self.scope(model):
+            optimizer = self.nnx.Optimizer(model, chain, wrt=self.nnx.Param)
+            model.train()
+            losses = []
+            for batch in batches:
+                arguments = {name: self.tensor(value) for name, value in batch.items()}
+                loss, gradients = self.compiled_loss(model, arguments)
+                optimizer.update(model, gradients)
+                losses.append(self.array(loss))
+            model.eval()
+        return losses
+
+    def traced_step(self, model: Any, arguments: Mapping[str, Any]) -> list[Any]:
+        """The equations of a training step's gradients, those of inner programs too."""
+        from jax.extend.core import jaxprs_in_params
+
+        model.train()
+        graph, parameters, rest = self.nnx.split(model, self.nnx.Param, ...)
+        arguments = {name: self.tensor(value) for name, value in arguments.items()}
+        found: list[Any] = []
+
+        def visit(program: Any) -> None:
+            for equation in program.eqns:
+                found.append(equation)
+                for inner in jaxprs_in_params(equation.params):
+                    visit(inner)
+
+        def loss(parameters: Any, rest: Any) -> Any:
+            return self.nnx.merge(graph, parameters, rest, copy=True)(**arguments).loss
+
+        visit(self.jax.make_jaxpr(self.jax.grad(loss))(parameters, rest).jaxpr)
+        model.eval()
+        return found
+
+    def largest_array(self, model: Any, **arguments: Any) -> int:
+        equations = self.traced_step(model, arguments)
+        return max(int(np.prod(result.aval.shape)) for equation in equations for result in equation.outvars)
+
+    def recomputed_layers(self, model: Any, **arguments: Any) -> int:
+        names = [equation.primitive.name for equation in self.traced_step(model, arguments)]
+        return sum(name in ("checkpoint", "remat", "remat2") for name in names)
 
     def tensor(self, value: Any) -> Any:
         return self.jax.numpy.asarray(value) if isinstance(value, np.ndarray) else value
 
     def array(self, value: Any) -> np.ndarray:
         return widened(np.asarray(value[...] if isinstance(value, self.nnx.Variable) else value))
+
+    def int8_gradient(
+        self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray, upstream: np.ndarray
+    ) -> np.ndarray:
+        import jax
+
+        arrays = self.tensor(codes), self.tensor(scales)
+        _, pull = jax.vjp(lambda rows: self.rounded_layers().int8_product(rows, *arrays), self.tensor(inputs))
+        return self.array(pull(self.tensor(upstream))[0])
 
 
 ADAPTERS = {"torch": TorchAdapter, "tf": TFAdapter, "flax": FlaxAdapter}

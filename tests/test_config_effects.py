@@ -46,12 +46,15 @@ CALLS = ("use_cache", "eos_token_id")
 CLASSIFICATION = ("num_labels", "id2label", "label2id", "problem_type")
 """Fields of sequence classifiers alone; `test_heads.py` shows what they do."""
 
+ROUNDING = ("quantization",)
+"""`test_quantization.py` shows what it does."""
+
 CARRIED = ("bos_token_id", "dtype", "extra")
 """Fields about texts and files, which no computation depends on; `test_config.py` shows that they are kept."""
 
 
 def test_every_field_is_tested():
-    tested = {*SHAPE_AND_ARITHMETIC, *TRAINING, *NEW_WEIGHTS, *CALLS, *CARRIED, *CLASSIFICATION}
+    tested = {*SHAPE_AND_ARITHMETIC, *TRAINING, *NEW_WEIGHTS, *CALLS, *CARRIED, *CLASSIFICATION, *ROUNDING}
     assert tested == {field.name for field in dataclasses.fields(OPTConfig)}
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import io
 import json
 import os
@@ -227,6 +228,28 @@ GADGETS: dict[str, bytes] = {
     "numpy": b"cnumpy.testing._private.utils\nrunstring\n(X\x01\0\0\0x}tR.",
     "chain through a storage": b"ctorch\nFloatStorage\n(X\x01\0\0\0xtR.",
     "module as name": b"ctorch\n_utils._rebuild_tensor_v2\n)R.",
+    "a class with __reduce__": pickle.dumps(Runs(print, "x"), 0),
+    "getattr chain": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(X\x02\0\0\0ostRX\x06\0\0\0systemtR(X\1\0\0\0xtR.",
+    "operator.attrgetter": b"coperator\nattrgetter\n(X\x06\0\0\0systemtR.",
+    "functools.partial": pickle.dumps(Runs(functools.partial, os.system, "x"), 2),
+    "importlib": b"cimportlib\nimport_module\n(X\x02\0\0\0ostR.",
+    "runpy": b"crunpy\nrun_path\n(X\x01\0\0\0xtR.",
+    "ctypes": b"cctypes\nCDLL\n(X\x01\0\0\0xtR.",
+    "code object": b"ctypes\nCodeType\n)R.",
+    "pickle inside a pickle": b"cpickle\nloads\n(C\x01.tR.",
+    "codecs": b"c_codecs\nencode\n(X\x01\0\0\0xX\x06\0\0\0rot_13tR.",
+    "pathlib": b"cpathlib\nPath.unlink\n(X\x01\0\0\0xtR.",
+    "torch._utils sparse": b"ctorch._utils\n_rebuild_sparse_tensor\n)R.",
+    "torch._utils through getattr": b"\x80\x04\x8c\x0ctorch._utils\x8c\x14sys.modules.os.system\x93(X\x01\0\0\0xtR.",
+    "torch.jit": b"ctorch.jit\nload\n(X\x01\0\0\0xtR.",
+    "known function with keywords": b"\x80\x04ccollections\nOrderedDict\n)}X\x01\0\0\0aK\1s\x92.",
+    "NEWOBJ_EX": b"\x80\x04cos\nsystem\n(X\x01\0\0\0xt}\x92.",
+    "BUILD with __setstate__": b"ccollections\nOrderedDict\n(X\x0c\0\0\0__setstate__cos\nsystem\ndb.",
+    "EXT2": b"\x80\x02\x83\x01\0.",
+    "EXT4": b"\x80\x02\x84\x01\0\0\0.",
+    "BINPERSID of a call": b"cos\nsystem\n(X\x01\0\0\0xtRQ.",
+    "DUP and POP": b"cos\nsystem\n200.",
+    "out-of-band buffer": b"\x80\x05\x97\x98.",
     "INST": b"(X\x01\0\0\0xios\nsystem\n.",
     "OBJ": b"(cos\nsystem\nX\x01\0\0\0xo.",
     "NEWOBJ": b"\x80\x02ctorch\nSize\n)\x81.",

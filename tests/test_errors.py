@@ -94,7 +94,7 @@ def test_all_problems_of_a_call_are_told_at_once(backend, model):
 
 @pytest.mark.parametrize(
     ("name", "value", "advice"),
-    [("return_dict", True, "results are always records"), ("head_mask", np.ones((3, 4), np.float32), "v_proj")],
+    [("return_dict", False, "results are always records"), ("head_mask", np.ones((3, 4), np.float32), "v_proj")],
 )
 def test_a_dropped_argument_says_what_to_write_instead(backend, model, name, value, advice):
     with pytest.raises(InputError, match=f"{name}=.*{advice}"):

@@ -187,9 +187,11 @@ def test_a_revision_that_is_a_path(revision):
 
 
 def test_a_file_in_place_of_a_directory(tmp_path):
-    fill(tmp_path, contents([SINGLES["torch"]]))
-    with pytest.raises(CheckpointError, match=r"is a file\. Name the directory"):
-        resolve(tmp_path / SINGLES["torch"])
+    fill(tmp_path, contents([SINGLES["torch"], "README.md"]))
+    assert resolve(tmp_path / SINGLES["torch"]) == tmp_path / SINGLES["torch"]
+    assert resolve(tmp_path / SINGLES["torch"], weights=False) == tmp_path
+    with pytest.raises(CheckpointError, match=r"is a file, but no weights\. Name a directory"):
+        resolve(tmp_path / "README.md")
 
 
 def test_an_unknown_preference(tmp_path):

@@ -49,5 +49,6 @@ def test_loss_is_computed_in_float32(backend, load, dtype):
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     counted = labels != -100
     picked = np.take_along_axis(log_probs, np.where(counted, labels, 0)[..., None], -1)[..., 0]
-    # Half-precision logits are exact in float64, so the loss has only float32's error.
-    assert abs(float(found.loss.reshape(())) + picked[counted].mean()) < 1e-5
+    # Half-precision logits are exact in float64; but XLA may leave out their rounding on the way to the loss, and the
+    # sums of a smaller product may be taken in another order. A loss in half precision would be off by up to 4e-3.
+    assert abs(float(found.loss.reshape(())) + picked[counted].mean()) < 2e-3

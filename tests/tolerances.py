@@ -52,6 +52,12 @@ PROCESSED = Tolerance(
 BEAM_SCORE = Tolerance(
     absolute=1e-5, relative=2e-6, why="a sum of up to twelve log-probabilities, each with FLOAT32's rounding"
 )
+INT8_PRODUCT = Tolerance(
+    absolute=1e-6,
+    relative=2e-4,
+    why="an input between two integers may be rounded either way: one step of its row's scale",
+)
+INT4_PRODUCT = Tolerance(absolute=1e-6, relative=8e-3, why="inputs and results of the kernel are bfloat16: 8 bits")
 CACHE_FLOAT64 = Tolerance(absolute=1e-10, why="a step computes the full pass's sums over the same keys")
 FLOAT16 = Tolerance(
     absolute=2e-3,

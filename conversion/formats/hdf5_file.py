@@ -11,15 +11,15 @@ gives back the very bits.
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conversion.dtypes import BY_NAME
-from conversion.formats.hdf5_structure import DamagedError, File, Object
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
+from conversion.formats.hdf5_structure import DamagedError, File, Object, check_apart
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, frozen, map_file, pieces, view
 from opt_common.params import HEAD_MODULES, Scheme
 
 SCHEME: Scheme = "keras"
@@ -34,11 +34,11 @@ _BFLOAT16 = BY_NAME["bfloat16"].numpy
 _FLOAT32 = BY_NAME["float32"].numpy
 
 
-def _h5py() -> Any:
+def h5py() -> Any:
     """The library, imported when a file of this format is met; it comes without types."""
-    import h5py  # pyright: ignore[reportMissingTypeStubs]
+    import h5py as library  # pyright: ignore[reportMissingTypeStubs]
 
-    return h5py
+    return library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Hdf5Reader:
             root = File(self._buffer).root
             for name, where in _names(root).items():
                 self._stored[name] = _stored(name, _descend(root, where))
+            check_apart({name: (stored.start, stored.raw.nbytes) for name, stored in self._stored.items()})
         except DamagedError as error:
             raise damaged(path, str(error)) from None
         self.tensors: Mapping[str, TensorInfo] = {name: stored.info for name, stored in self._stored.items()}
@@ -74,7 +75,7 @@ class Hdf5Reader:
         bits = raw.view(np.uint32)
         if (bits & 0xFFFF).any():
             raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
-        return (bits >> 16).astype(np.uint16).view(stored.info.dtype)
+        return frozen((bits >> 16).astype(np.uint16).view(stored.info.dtype))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.
@@ -106,16 +107,34 @@ def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
         read: gives the array of a name; it is called once for each, in order.
     """
     single = _is_single(tensors)
-    with _h5py().File(path, "x", libver=("earliest", "v108")) as file:
+    with h5py().File(path, "x", libver=("earliest", "v108")) as file:
         offsets = {tensor.name: _create(file, _where(tensor.name, single), tensor.info) for tensor in tensors}
         _write_lists(file, [tensor.name for tensor in tensors], single)
-    # The datasets have their place in the file by now; their bytes go there without passing through HDF5.
+    fill(path, offsets, tensors, read, lambda info: _raw_info(info).dtype)
+
+
+def allocate(file: Any, where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Create a dataset in an open file of the library's and give it its place, without any bytes."""
+    plan = h5py().h5p.create(h5py().h5p.DATASET_CREATE)
+    plan.set_alloc_time(h5py().h5d.ALLOC_TIME_EARLY)
+    plan.set_fill_time(h5py().h5d.FILL_TIME_NEVER)
+    plan.set_obj_track_times(False)  # else the bytes depend on the time of day
+    return file.create_dataset(where, shape, dtype, dcpl=plan)
+
+
+def fill(
+    path: Path,
+    offsets: Mapping[str, int],
+    tensors: Sequence[TensorSpec],
+    read: ReadNative,
+    stored_dtype: Callable[[TensorInfo], np.dtype[Any]] = lambda info: info.dtype,
+) -> None:
+    """Put the bytes of datasets that have their places into a closed file, without passing through HDF5."""
     with path.open("r+b") as file:
         for tensor in tensors:
             file.seek(offsets[tensor.name])
-            raw = _raw_info(tensor.info)
             for piece in pieces(read(tensor.name), tensor.info.dtype, tensor.name):
-                file.write(piece.astype(raw.dtype, copy=False).view("u1").data)
+                file.write(piece.astype(stored_dtype(tensor.info), copy=False).view("u1").data)
 
 
 # Reading
@@ -208,12 +227,8 @@ def _where(name: str, single: bool) -> str:
 
 def _create(file: Any, where: str, info: TensorInfo) -> int:
     """Create a dataset, give it its place in the file, and return the offset of that."""
-    plan = _h5py().h5p.create(_h5py().h5p.DATASET_CREATE)
-    plan.set_alloc_time(_h5py().h5d.ALLOC_TIME_EARLY)
-    plan.set_fill_time(_h5py().h5d.FILL_TIME_NEVER)
-    plan.set_obj_track_times(False)  # else the bytes depend on the time of day
     raw = _raw_info(info)
-    dataset = file.create_dataset(where, raw.shape, raw.dtype, dcpl=plan)
+    dataset = allocate(file, where, raw.shape, raw.dtype)
     if raw != info:
         dataset.attrs[_DTYPE_ATTRIBUTE] = info.dtype.name
     return dataset.id.get_offset() or 0
@@ -239,7 +254,7 @@ def _write_names(where: Any, name: str, names: list[str]) -> None:
     """Write a list of names as an attribute, split where Keras splits it."""
     longest = max((len(text.encode()) for text in names), default=1)
     per_part = ATTRIBUTE_BYTES // longest
-    text = _h5py().string_dtype("utf-8")
+    text = h5py().string_dtype("utf-8")
     if len(names) <= per_part:
         where.attrs.create(name, names, shape=(len(names),), dtype=text)
         return

@@ -10,17 +10,20 @@ import dataclasses
 import functools
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import cast
 
 from conversion.dtypes import BY_NAME, DType
 from conversion.tensors import TensorInfo, is_shape
 
 Attribute = str | list[str] | None
-"""A text, a list of texts, or None for anything else."""
+"""A text, a list of texts, or None for anything else, such as a text that is too long for a name."""
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _UNDEFINED = (1 << 64) - 1
-_MAX_STRUCTURES = 1_000_000
+_MAX_STRUCTURES = 500_000  # the largest OPT takes a third of this
+_MAX_HEAP_OBJECTS = 100_000
+_LONGEST_NAME = 500
 _MAX_TREE_LEVEL = 8
 
 # Types of the messages in an object header.
@@ -30,7 +33,7 @@ _DATASPACE, _DATATYPE, _EXTERNAL, _LAYOUT, _FILTERS, _ATTRIBUTE, _CONTINUATION, 
 _LINK_INFO, _LINK, _ATTRIBUTE_INFO = 0x02, 0x06, 0x15
 
 _CONTIGUOUS = 1
-_FIXED_TEXT, _VARIABLE = 3, 9
+_FIXED_TEXT, _OPAQUE, _VARIABLE = 3, 5, 9
 _SOFT_LINK = 2
 
 
@@ -38,7 +41,7 @@ class DamagedError(Exception):
     """Bytes that are not the HDF5 which Keras writes; the text says what is wrong with them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Message:
     """One message of an object header: its type, and where its data lie."""
 
@@ -59,10 +62,12 @@ class Dataset:
 class File:
     """A mapped HDF5 file."""
 
-    def __init__(self, buffer: mmap.mmap) -> None:
+    def __init__(self, buffer: mmap.mmap | memoryview) -> None:
         self._buffer = buffer
         self._left = _MAX_STRUCTURES
         self._heaps: dict[int, dict[int, tuple[int, int]]] = {}
+        self._heap_objects_left = _MAX_HEAP_OBJECTS
+        self._texts: dict[tuple[int, int], str | None] = {}
         self._objects: dict[int, Object] = {}
         version = self.take(0, 9)[8] if self.take(0, 8) == _SIGNATURE else None
         if version is None:
@@ -89,7 +94,7 @@ class File:
             raise DamagedError("it has more structures than any OPT model needs")
         if start > len(self._buffer) - size or size < 0:
             raise DamagedError(f"a structure at byte {start} does not lie in the file of {len(self._buffer)}")
-        return self._buffer[start : start + size]
+        return bytes(self._buffer[start : start + size])
 
     def unsigned(self, start: int, size: int = 8) -> int:
         """A number of the file."""
@@ -100,13 +105,20 @@ class File:
         if self.take(start, len(signature)) != signature:
             raise DamagedError(f"no {signature.decode()} at byte {start}")
 
-    def heap_text(self, address: int, index: int) -> str:
-        """A text of variable length, from a global heap."""
+    def heap_text(self, address: int, index: int) -> str | None:
+        """A text of variable length, from a global heap; None if it is too long for a name."""
+        # Once for all: any number of attributes can name the same long text.
+        if (address, index) not in self._texts:
+            self._texts[address, index] = self._read_heap_text(address, index)
+        return self._texts[address, index]
+
+    def _read_heap_text(self, address: int, index: int) -> str | None:
         if address not in self._heaps:
             self._heaps[address] = dict(self._heap_objects(address))
         if index not in self._heaps[address]:
             raise DamagedError(f"the heap at byte {address} has no object {index}")
-        return text(self.take(*self._heaps[address][index]))
+        start, size = self._heaps[address][index]
+        return text(self.take(start, size)) if size <= _LONGEST_NAME else None
 
     def _heap_objects(self, address: int) -> Iterator[tuple[int, tuple[int, int]]]:
         self.signed_by(address, b"GCOL\x01")
@@ -116,6 +128,9 @@ class File:
             index, _, _, size = struct.unpack("<HHIQ", self.take(position, 16))
             if index == 0:  # the free space at the end
                 return
+            self._heap_objects_left -= 1
+            if self._heap_objects_left < 0:
+                raise DamagedError("it has more texts than any OPT model needs")
             yield index, (position + 16, size)
             position += 16 + _padded(size)
 
@@ -192,7 +207,8 @@ class Object:
         for index in range(self._file.unsigned(node + 6, 2)):
             offset, address, cache = struct.unpack("<QQI", self._file.take(node + 8 + 40 * index, 20))
             # An empty name would be no name, and one without end would run into the next structure.
-            name, end, _ = self._file.take(start + offset, max(0, min(1024, size - offset))).partition(b"\0")
+            longest = max(0, min(_LONGEST_NAME, size - offset))
+            name, end, _ = self._file.take(start + offset, longest).partition(b"\0")
             if not name or not end:
                 raise DamagedError("the name of a member does not lie in its heap")
             if cache == _SOFT_LINK or address == _UNDEFINED:
@@ -230,18 +246,22 @@ class Object:
         kind, size = datatype[:1] and datatype[0] & 0x0F, int.from_bytes(datatype[4:8], "little")
         is_variable = kind == _VARIABLE and datatype[1] & 0x0F == 1 and size == 16
         count = TensorInfo(BY_NAME["uint8"].numpy, shape).size
-        if not (is_variable or kind == _FIXED_TEXT) or len(shape) > 1 or size == 0:
+        if not (is_variable or kind == _FIXED_TEXT) or len(shape) > 1 or not 0 < size <= _LONGEST_NAME:
             return None
         if data + count * size > end:
             raise DamagedError("an attribute is longer than its message")
-        values: list[str] = []
+        values: list[str | None] = []
         for position in range(data, data + count * size, size):
             if is_variable:
                 _, address, index = struct.unpack("<IQI", self._file.take(position, size))
                 values.append(self._file.heap_text(address, index) if address else "")
             else:
                 values.append(text(self._file.take(position, size)))
-        return values if shape else values[0]
+        if not shape:
+            return values[0]
+        if None in values:
+            raise DamagedError(f"a list of names has one of more than {_LONGEST_NAME} bytes")
+        return cast("list[str]", values)
 
     def _shape(self, start: int) -> tuple[int, ...]:
         """The shape in a dataspace."""
@@ -269,6 +289,8 @@ class Object:
         if version != 3 or kind != _CONTIGUOUS:  # the version of the layout message
             raise DamagedError("it is chunked, virtual or of a later layout; `h5repack -l CONTI -f NONE` undoes that")
         dtype = _DATATYPES.get(_without_version(self._file.take(datatype.start, datatype.size)))
+        if dtype is None and self._is_marked_pair(datatype):
+            dtype = BY_NAME["bfloat16"]
         if dtype is None:
             raise DamagedError(f"its numbers are of no plain little-endian type of {', '.join(BY_NAME)}")
         shape = self._shape(space.start)
@@ -280,6 +302,25 @@ class Object:
             raise DamagedError(f"its shape {list(shape)} takes {info.nbytes} bytes, which the file does not hold")
         self._file.take(start + info.nbytes - 1, 1)
         return Dataset(dtype, shape, start)
+
+    def _is_marked_pair(self, datatype: Message) -> bool:
+        """Whether numbers are Keras 3's bfloat16: two opaque bytes, with a note what they are."""
+        described = self._file.take(datatype.start, 8)
+        is_pair = described[0] & 0x0F == _OPAQUE and described[4:] == (2).to_bytes(4, "little")
+        return is_pair and self.attributes.get("dtype") == "bfloat16"
+
+
+def check_apart(runs: Mapping[str, tuple[int, int]]) -> None:
+    """Make sure that no two datasets share bytes.
+
+    Args:
+        runs: where the bytes of each dataset begin, and how many they are, by its name.
+    """
+    position = 0
+    for name, (start, size) in sorted(runs.items(), key=lambda item: item[1]):
+        if size and start < position:
+            raise DamagedError(f"the bytes of {name!r:.200} are those of another dataset too")
+        position = max(position, start + size)
 
 
 def text(data: bytes) -> str:

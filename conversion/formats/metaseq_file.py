@@ -26,7 +26,7 @@ from conversion.dtypes import BY_NUMPY
 from conversion.formats import torch_file
 from conversion.formats.torch_file import TorchFile
 from conversion.formats.torch_pickle import Inert, StoredTensor
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, is_length, is_shape
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, frozen, is_length, is_shape
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import MetaseqName, metaseq_files
 from opt_common.params import Scheme
@@ -53,6 +53,8 @@ _COPIES_TOLERANCE = 1e-3
 """By how much copies may differ, relative to the largest number in them: the parts of a training run round apart."""
 _COPIES_STEPS = 4
 """The same in steps of the dtype, where those are longer."""
+
+_LONGEST_TEXT = 1000  # of an option that is looked at
 
 _WRAPPERS = re.compile(r"(?:_fsdp_wrapped_module|_fpw_module)\.")
 
@@ -239,9 +241,16 @@ def _arguments(content: dict[str, Any]) -> dict[str, Any]:
         for name, value in _items(holder).items():
             # omegaconf wraps a value in a node.
             plain = _items(value).get("_val") if isinstance(value, Inert) else value
-            if isinstance(plain, str | int | float):
+            if isinstance(plain, float) or _is_usual(plain):
                 found[str(name)] = plain
     return found
+
+
+def _is_usual(plain: object) -> bool:
+    """Whether a value is a text or an integer as options are; a number of a million digits is none."""
+    if isinstance(plain, str):
+        return len(plain) <= _LONGEST_TEXT and plain.isprintable()
+    return isinstance(plain, int) and abs(plain) < 1 << 62
 
 
 def _items(holder: object) -> dict[Any, Any]:
@@ -353,7 +362,7 @@ def _window(pieces: Sequence[_Tensor], start: int, info: TensorInfo) -> Callable
                 found.append(piece.read()[first:last])
             offset += piece.info.size
         whole = found[0] if len(found) == 1 else np.concatenate([np.empty(0, info.dtype), *found])
-        return _frozen(whole.reshape(info.shape))
+        return frozen(whole.reshape(info.shape))
 
     return read
 
@@ -461,7 +470,7 @@ def _joined(pieces: Sequence[_Tensor], axis: int | None) -> _Tensor:
             window = [slice(None)] * len(shape)
             window[axis] = slice(index * length, (index + 1) * length)
             whole[tuple(window)] = piece.read()
-        return _frozen(whole)
+        return frozen(whole)
 
     return _Tensor(TensorInfo(info.dtype, shape), read)
 
@@ -476,9 +485,3 @@ def _check_complete(tensors: _Tensors, parts: int, directory: Path) -> None:
                     f"The {parts} model-parallel parts in {directory} hold {columns} columns of {name}, expected "
                     f"{rows}; a part is missing or from another checkpoint. Fetch all parts."
                 )
-
-
-def _frozen(array: Array) -> Array:
-    if array.flags.writeable:
-        array.flags.writeable = False
-    return array

@@ -17,7 +17,18 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from conversion.dtypes import BY_NAME, BY_NUMPY
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, is_shape, map_file, pieces, view
+from conversion.tensors import (
+    Array,
+    ReadNative,
+    TensorInfo,
+    TensorSpec,
+    damaged,
+    frozen,
+    is_shape,
+    map_file,
+    pieces,
+    view,
+)
 from opt_common.params import Scheme
 
 SCHEME: Scheme = "nnx"
@@ -30,7 +41,8 @@ _T = TypeVar("_T")
 _CHUNKED = "__msgpack_chunked_array__"
 _ARRAY_CODES = (1, 3)  # an array; a NumPy scalar, packed as an array without axes
 _MAX_DEPTH = 32
-_MAX_KEYS = 100_000
+_MAX_KEYS = 50_000  # the largest OPT has three thousand
+_LONGEST_NAME = 500  # of all keys on the way to an array: each array has them in its name
 
 # Arrays saved with a NumPy that did not know bfloat16 name it by its size.
 _OLD_NAMES = {"V2": "bfloat16"}
@@ -65,7 +77,7 @@ class MsgpackReader:
             view(self._buffer, start, TensorInfo(stored.info.dtype, (size // itemsize,)))
             for start, size in stored.chunks
         ]
-        return np.concatenate(parts).reshape(stored.info.shape) if parts else np.empty(stored.info.shape)
+        return frozen(np.concatenate(parts).reshape(stored.info.shape))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.
@@ -135,9 +147,9 @@ class _Scanner:
             key = self._key(seen)
             if not path and not seen and key == _CHUNKED:
                 raise _DamagedError("the file is a single array")
-            self._count += 1
-            if self._count > _MAX_KEYS:
-                raise _DamagedError(f"it has more than {_MAX_KEYS} keys, far more than any OPT model")
+            self._count_key()
+            if sum(map(len, path)) + len(key) > _LONGEST_NAME:
+                raise _DamagedError(f"the name of an array has more than {_LONGEST_NAME} characters")
             kind = self._peek()
             if not _is_map(kind):
                 yield "/".join((*path, key)), self._array()
@@ -145,6 +157,11 @@ class _Scanner:
                 yield "/".join((*path, key)), chunked
             else:
                 yield from self._map((*path, key))
+
+    def _count_key(self) -> None:
+        self._count += 1
+        if self._count > _MAX_KEYS:
+            raise _DamagedError(f"it has more than {_MAX_KEYS} keys, far more than any OPT model")
 
     def _key(self, seen: set[str]) -> str:
         key = self._text()
@@ -211,6 +228,7 @@ class _Scanner:
         """The values of a map with the keys "0", "1", …, which is how Flax packs a tuple."""
         values: list[_T] = []
         for index in range(self._map_length()):
+            self._count_key()
             if self._text() != str(index):
                 raise _DamagedError("the parts of a chunked array are not numbered in order")
             values.append(read())

@@ -16,6 +16,7 @@ from conversion.tensors import (
     ReadNative,
     TensorInfo,
     TensorSpec,
+    are_lengths,
     damaged,
     is_shape,
     map_file,
@@ -23,13 +24,14 @@ from conversion.tensors import (
     view,
 )
 from opt_common.errors import CheckpointError
+from opt_common.json_file import unique
 from opt_common.params import Scheme
 
 SCHEME: Scheme = "torch"
 
 _SCHEMES: Mapping[str, Scheme] = {"pt": "torch", "tf": "keras", "flax": "nnx"}
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 10_000_000  # parsed JSON takes many times its length; the largest OPT needs a fiftieth of this
+_MAX_HEADER_BYTES = 4_000_000  # parsed JSON takes many times its length; the largest OPT needs a twentieth of this
 _ALIGNMENT = 8
 
 
@@ -106,19 +108,12 @@ def _header(path: Path, buffer: mmap.mmap) -> tuple[dict[str, Any], int]:
     if length > _MAX_HEADER_BYTES or start > len(buffer):
         raise damaged(path, f"the header claims {length} bytes of a file of {len(buffer)}")
     try:
-        header = json.loads(buffer[_LENGTH_BYTES:start], object_pairs_hook=_unique)
+        header = json.loads(buffer[_LENGTH_BYTES:start], object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an integer of 4300 digits
         raise damaged(path, f"the header is not valid JSON ({error})") from None
     if not isinstance(header, dict):
         raise damaged(path, "the header is not a JSON object")
     return header, start  # pyright: ignore[reportUnknownVariableType]
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
 
 
 def _scheme(path: Path, metadata: object) -> Scheme:
@@ -138,7 +133,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     tag, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]  # pyright: ignore[reportUnknownVariableType]
     if not isinstance(tag, str) or tag not in BY_SAFETENSORS:
         raise CheckpointError(f"{path}: {name!r} has dtype {tag!r}, expected one of {', '.join(BY_SAFETENSORS)}.")
-    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:  # pyright: ignore[reportUnknownArgumentType]
+    if not is_shape(shape) or not are_lengths(offsets) or len(offsets) != 2:  # pyright: ignore[reportUnknownArgumentType]
         raise damaged(path, f"{name!r} has shape {shape!r:.80} and offsets {offsets!r:.80}")
     info = TensorInfo(BY_SAFETENSORS[tag].numpy, tuple(shape))  # pyright: ignore[reportUnknownArgumentType]
     begin, end = offsets  # pyright: ignore[reportUnknownVariableType]

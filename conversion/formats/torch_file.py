@@ -4,7 +4,6 @@ Two containers: the zip archive of PyTorch 1.6 and later, and the one before, a 
 storages. Written is the zip archive, such that `torch.load` accepts it with `weights_only=True` and with `mmap=True`.
 """
 
-import dataclasses
 import mmap
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +15,13 @@ import numpy as np
 from conversion.dtypes import BY_NUMPY
 from conversion.formats import torch_pickle
 from conversion.formats.torch_pickle import RefusedError, Storage, StoredTensor
+from conversion.formats.zip_records import LOCAL_HEADER_BYTES, MAGIC, records
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file, pieces, view
 from opt_common.errors import CheckpointError
 from opt_common.params import Scheme
 
 SCHEME: Scheme = "torch"
 
-_ZIP_MAGIC = b"PK\x03\x04"
-_LOCAL_HEADER_BYTES = 30
 _OLD_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _OLD_PROTOCOL = 1001
 _OLD_COUNT_BYTES = 8
@@ -46,7 +44,7 @@ class TorchFile:
         """Open a file; `inert` is that of `torch_pickle.load`."""
         self.path = path
         self._buffer = map_file(path)
-        is_zip = self._buffer[: len(_ZIP_MAGIC)] == _ZIP_MAGIC
+        is_zip = self._buffer[: len(MAGIC)] == MAGIC
         read = _read_zip if is_zip else _read_old
         self.content, self._offsets = read(path, self._buffer, inert=inert)
 
@@ -69,7 +67,9 @@ class TorchFile:
         storage = tensor.storage
         start, _ = self._offsets[storage.key]
         flat = view(self._buffer, start, TensorInfo(storage.dtype.numpy, (storage.size,)))
-        strides = tuple(stride * flat.itemsize for stride in tensor.strides)
+        # The stride of an axis that nobody steps along may be any number, which NumPy would not take.
+        walked = zip(tensor.shape, tensor.strides, strict=True)
+        strides = tuple(stride * flat.itemsize if length > 1 else 0 for length, stride in walked)
         array = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
         return cast("Array", array)
 
@@ -158,29 +158,21 @@ def _state_dict(path: Path, state: Any) -> dict[str, StoredTensor]:
 # The zip archive
 
 
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    start: int
-    size: int
-
-
 def _read_zip(path: Path, buffer: mmap.mmap, *, inert: bool) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The pickled object, and start and size in bytes of each storage by its key."""
-    records = _records(path, buffer)
-    pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    held = records(path, buffer)
+    pickles = [name for name in held if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise damaged(path, f"the archive has {len(pickles)} records named data.pkl, expected 1")
     folder = pickles[0].removesuffix("data.pkl")
-    order = records.get(f"{folder}byteorder")
+    order = held.get(f"{folder}byteorder")
     if order is not None and buffer[order.start : order.start + order.size] != b"little":
         raise CheckpointError(f"{path} was written on a big-endian machine. Save it again on a little-endian one.")
-    record = records[pickles[0]]
+    record = held[pickles[0]]
     state = _load(path, buffer[record.start : record.start + record.size], inert=inert)
     data = f"{folder}data/"
     return state, {
-        name.removeprefix(data): (record.start, record.size)
-        for name, record in records.items()
-        if name.startswith(data)
+        name.removeprefix(data): (record.start, record.size) for name, record in held.items() if name.startswith(data)
     }
 
 
@@ -191,40 +183,6 @@ def _load(path: Path, pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
         raise CheckpointError(f"{path}: {error}. Don't trust this file, or save its tensors again.") from None
 
 
-def _records(path: Path, buffer: mmap.mmap) -> dict[str, _Record]:
-    """Where the records of the archive lie; each must be stored as it is, inside the file and beside the others."""
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError, IndexError) as error:
-        raise damaged(path, f"it is not a whole zip archive ({error})") from None
-    records: dict[str, _Record] = {}
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
-            raise CheckpointError(
-                f"{path}: record {entry.filename!r} is compressed or encrypted, which torch.save never does. "
-                f"Don't trust this file."
-            )
-        if entry.filename in records:
-            raise damaged(path, f"the record {entry.filename!r} occurs twice")
-        records[entry.filename] = _Record(_payload_start(path, buffer, entry), entry.file_size)
-    position = 0
-    for name, record in sorted(records.items(), key=lambda item: item[1].start):
-        if record.start < position or record.start + record.size > len(buffer):
-            raise damaged(path, f"the record {name!r} overlaps another one or the end of the file")
-        position = record.start + record.size
-    return records
-
-
-def _payload_start(path: Path, buffer: mmap.mmap, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of a record start, by its local header."""
-    header = buffer[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES]
-    if entry.header_offset < 0 or len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_ZIP_MAGIC):
-        raise damaged(path, f"the record {entry.filename!r} is not where the archive says")
-    name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    return entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-
-
 def _write_record(archive: zipfile.ZipFile, name: str, parts: Any, size: int | None = None) -> None:
     """Add one record whose bytes start at a multiple of `_ALIGNMENT`."""
     assert archive.fp is not None
@@ -233,7 +191,7 @@ def _write_record(archive: zipfile.ZipFile, name: str, parts: Any, size: int | N
     entry = zipfile.ZipInfo(name, _FIRST_DATE)
     entry.create_system = 0  # else the bytes depend on the operating system
     entry.file_size = size
-    start = archive.fp.tell() + _LOCAL_HEADER_BYTES + len(name.encode()) + (_ZIP64_EXTRA_BYTES if large else 0)
+    start = archive.fp.tell() + LOCAL_HEADER_BYTES + len(name.encode()) + (_ZIP64_EXTRA_BYTES if large else 0)
     padding = -(start + 4) % _ALIGNMENT
     entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(entry, "w", force_zip64=large) as record:

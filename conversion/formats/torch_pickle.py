@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from conversion.dtypes import BY_TORCH_STORAGE, DType
-from conversion.tensors import TensorInfo, is_length, is_shape
+from conversion.tensors import TensorInfo, are_lengths, is_length, is_shape
 
 
 class RefusedError(Exception):
     """A pickle that holds something else than tensors in plain containers; the text says what."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Global:
     """A class or function that a pickle names. Nothing but its name: it can't be called."""
 
@@ -31,7 +31,7 @@ class Global:
     name: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
     """The flat array of numbers that tensors look into.
 
@@ -46,7 +46,7 @@ class Storage:
     size: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as a strided view of a storage; offset and strides count elements, and lie inside the storage."""
 
@@ -61,7 +61,7 @@ class StoredTensor:
         return TensorInfo(self.storage.dtype.numpy, self.shape)
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Inert:
     """What is left of an object of a foreign class: the class's name and plain values. Nothing of it was executed.
 
@@ -91,21 +91,55 @@ def load(pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
         RefusedError: for anything else in the pickle, and for bytes that are no pickle.
     """
     machine = _Machine(inert=inert)
-    source: Any = io.BytesIO(pickle) if isinstance(pickle, bytes) else pickle
+    source: Any = _Source(io.BytesIO(pickle) if isinstance(pickle, bytes) else pickle)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of odd escapes in texts of protocol 0
-            for count, (opcode, argument, _) in enumerate(pickletools.genops(source)):
-                if count == _MAX_STEPS:
-                    raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
+            for opcode, argument, _ in pickletools.genops(source):
                 machine.step(opcode.name, argument)
         return machine.result()
     except (ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, RecursionError) as error:
         raise RefusedError(f"not a well-formed pickle ({error})") from None
 
 
-_MAX_STEPS = 1_000_000
-"""A step of one byte can make an object of sixty; a state dict takes some thirty steps for each of its tensors."""
+_MAX_STEPS = 500_000
+"""A step of one byte can make an object of a hundred; a state dict takes some thirty steps for each of its tensors, and
+the largest OPT has fifteen hundred."""
+
+_MAX_BYTES = 8_000_000
+"""A text can take four times its bytes; the state dict of the largest OPT takes half a megabyte."""
+
+
+class _Source:
+    """The bytes of a pickle, of which no more are taken than any state dict has."""
+
+    def __init__(self, stream: io.BytesIO | mmap.mmap) -> None:
+        self._stream = stream
+        self._left = _MAX_BYTES
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, fewer at the end."""
+        data = self._stream.read(min(size, self._left + 1))
+        self._count(len(data))
+        return data
+
+    def readline(self) -> bytes:
+        """The bytes up to the end of the line."""
+        start = self.tell()
+        data = self._stream.read(_LONGEST_LINE)
+        line = data[: data.find(b"\n") + 1]
+        self._stream.seek(start + len(line))
+        self._count(len(line))
+        return line
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise RefusedError(f"the pickle has more than {_MAX_BYTES} bytes, far more than a state dict needs")
+
+
+_LONGEST_LINE = 10_000  # a line is a number or the name of a class
 
 _MARK = object()
 
@@ -115,6 +149,7 @@ class _Machine:
 
     def __init__(self, *, inert: bool) -> None:
         self._inert = inert
+        self._left = _MAX_STEPS
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -124,6 +159,7 @@ class _Machine:
 
     def step(self, opcode: str, argument: Any) -> None:
         """Carry out one opcode."""
+        self.spend(1)
         if opcode in _PUSH_ARGUMENT:
             self._stack.append(argument)
         elif opcode in _PUSH_CONSTANT:
@@ -143,6 +179,12 @@ class _Machine:
             self.push_global(Global(module, name))
         elif opcode not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(f"the pickle uses {opcode}, which no state dict needs")
+
+    def spend(self, steps: int) -> None:
+        """Count steps, of which a pickle may take so many."""
+        self._left -= steps
+        if self._left < 0:
+            raise RefusedError(f"the pickle has more than {_MAX_STEPS} steps, far more than a state dict needs")
 
     def top(self) -> Any:
         if self._stack[-1] is _MARK:
@@ -224,6 +266,9 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise RefusedError("the pickle calls something that is no known function")
+        # A dict made of a list that is still there takes memory again, each time.
+        given = cast("tuple[Any, ...]", arguments)
+        self.spend(sum(len(cast("list[Any]", value)) for value in given if isinstance(value, list | tuple)))
         foreign = self._inert and _is_foreign(function)
         self._stack.append(Inert(function) if foreign else _call(function, cast("tuple[Any, ...]", arguments)))
 
@@ -321,7 +366,7 @@ def _storage(identifier: Any) -> Storage:
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> StoredTensor:
     """A strided view of a storage, checked to lie inside it. Further arguments concern gradients only."""
-    if not isinstance(storage, Storage) or not is_length(offset) or not is_shape(shape) or not is_shape(strides):
+    if not isinstance(storage, Storage) or not is_length(offset) or not is_shape(shape) or not are_lengths(strides):
         raise RefusedError("a tensor is not described by a storage, an offset, a shape and strides")
     if len(shape) != len(strides):
         raise RefusedError(f"a tensor has shape {shape} but strides {strides}")

@@ -351,6 +351,25 @@ def head_values(model: OPTForCausalLM, variant: str, rng: np.random.Generator, d
     np.savez_compressed(directory / "heads_expected.npz", **values)
 
 
+def optimizer_values(model: OPTForCausalLM, rng: np.random.Generator, directory: Path) -> None:
+    """Write `optim_expected.npz`: three steps of AdamW without dropout, on every parameter."""
+    trained = build(OPTConfig(**{**model.config.to_dict(), "dropout": 0.0}), model.seed).train()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    groups = input_groups(trained.config, rng)
+    values: dict[str, np.ndarray] = {}
+    for step, name in enumerate(("rightpad", "leftpad", "padtok")):
+        ids, mask = groups[name]
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels_of(ids, mask, rng)}
+        optimizer.zero_grad()
+        loss = trained(**{key: torch.from_numpy(array) for key, array in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        batch["loss"] = loss.detach().numpy().reshape(1)
+        values |= {f"step{step}/{key}": array for key, array in batch.items()}
+    values |= {f"final/{key}": parameter.detach().numpy() for key, parameter in trained.named_parameters()}
+    np.savez_compressed(directory / "optim_expected.npz", **values)
+
+
 def head_results(
     three: Any,
     one: Any,
@@ -506,6 +525,9 @@ def write_variant(variant: str, seed: int, directory: Path) -> None:
     if variant in THOROUGH:
         head_values(
             model, variant, np.random.default_rng([seed, len(VARIANTS), list(VARIANTS).index(variant)]), directory
+        )
+        optimizer_values(
+            model, np.random.default_rng([seed, len(VARIANTS) + 1, list(VARIANTS).index(variant)]), directory
         )
     if variant == "pre_ln":
         batch = values["leftpad/input_ids"], values["leftpad/attention_mask"]

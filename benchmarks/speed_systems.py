@@ -1,0 +1,332 @@
+"""One system in one process: loads a checkpoint, and does on command what `speed.py` times.
+
+Commands come as JSON lines on standard input, answers go as JSON lines to standard output: the driver takes turns
+between the processes, so that a slow minute of the machine is everybody's.
+
+A system is named FRAMEWORK[:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are "hf_torch",
+"hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+class System(Protocol):
+    """What each system can do. Prompts are (B, T) of ids without padding."""
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        """Continue greedily by exactly so many tokens."""
+        ...
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        """One step of AdamW on the mean cross-entropy of the next token; the loss."""
+        ...
+
+
+class OptTorch:
+    """This package in PyTorch."""
+
+    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
+        import torch
+
+        from opt_torch import OPTForCausalLM
+
+        self.torch = torch
+        self.model: Any = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
+        self.optimizer: Any = None
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        ids = self.torch.from_numpy(prompts_BT)
+        return self.model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens).numpy()
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        ids = self.torch.from_numpy(ids_BT)
+        loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss)
+
+
+class HfTorch(OptTorch):
+    """transformers in PyTorch."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import torch
+        from transformers import OPTForCausalLM  # pyright: ignore[reportMissingImports]
+
+        self.torch = torch
+        self.model = OPTForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.optimizer = None
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        ids = self.torch.from_numpy(prompts_BT)
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        with self.torch.no_grad():
+            return self.model.generate(ids, attention_mask=self.torch.ones_like(ids), **options).numpy()
+
+
+class OptFlax:
+    """This package in JAX."""
+
+    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
+        from opt_flax import FlaxOPTForCausalLM
+
+        self.model: Any = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
+        self.step: Any = None
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        return np.asarray(self.model.generate(prompts_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens))
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        import optax
+        from flax import nnx
+
+        if self.step is None:
+            self.model.train()
+            self.optimizer = nnx.Optimizer(self.model, optax.adamw(1e-5), wrt=nnx.Param)
+
+            @nnx.jit(donate_argnums=(0, 1))
+            def step(model: Any, optimizer: Any, ids: Any) -> Any:
+                loss, gradients = nnx.value_and_grad(lambda model: model(input_ids=ids, labels=ids).loss)(model)
+                optimizer.update(model, gradients)
+                return loss
+
+            self.step = step
+        return float(self.step(self.model, self.optimizer, ids_BT))
+
+
+class OptTf:
+    """This package in TensorFlow."""
+
+    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
+        from opt_tf import TFOPTForCausalLM
+
+        self.model: Any = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
+        self.step: Any = None
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        return self.model.generate(prompts_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens).numpy()
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        import keras
+        import tensorflow as tf
+
+        if self.step is None:
+            optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.01)
+            optimizer.build(self.model.trainable_variables)
+
+            @tf.function(jit_compile=True)
+            def step(ids: Any) -> Any:
+                with tf.GradientTape() as tape:
+                    loss = self.model(input_ids=ids, labels=ids, training=True).loss
+                variables = self.model.trainable_variables
+                optimizer.apply(tape.gradient(loss, variables), variables)
+                return loss
+
+            self.step = step
+        return float(self.step(np.asarray(ids_BT, np.int32)))
+
+
+class HfTf:
+    """transformers 4.57 in TensorFlow (TF_USE_LEGACY_KERAS=1), its generation compiled by XLA."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import tensorflow as tf
+        from transformers import TFOPTForCausalLM  # pyright: ignore[reportMissingImports]
+
+        assert dtype == "float32"
+        self.tf = tf
+        self.model = TFOPTForCausalLM.from_pretrained(path)
+        self.compiled = tf.function(self.model.generate, jit_compile=True)
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        ids = self.tf.constant(prompts_BT, self.tf.int32)
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        return self.compiled(ids, attention_mask=self.tf.ones_like(ids), **options).numpy()
+
+
+class HfFlax:
+    """transformers 4.57 in Flax: the jitted model, for its generate fails on the JAX that it needs."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import jax
+        from transformers import FlaxOPTForCausalLM  # pyright: ignore[reportMissingImports]
+
+        assert dtype == "float32"
+        self.jax = jax
+        self.model = FlaxOPTForCausalLM.from_pretrained(path)
+        self.forward = jax.jit(lambda params, ids: self.model(ids, params=params).logits[:, -1].argmax(-1))
+        self.step: Any = None
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        if new_tokens != 1:
+            raise NotImplementedError("only a first token")
+        return np.asarray(self.forward(self.model.params, prompts_BT))
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        import jax.numpy as jnp
+        import optax
+
+        if self.step is None:
+            optimizer = optax.adamw(1e-5)
+            self.params, self.state = self.model.params, optimizer.init(self.model.params)
+
+            def loss_of(params: Any, ids: Any, key: Any) -> Any:
+                logits = self.model(ids, params=params, dropout_rng=key, train=True).logits[:, :-1]
+                return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
+
+            def step(params: Any, state: Any, ids: Any, key: Any) -> Any:
+                loss, gradients = self.jax.value_and_grad(loss_of)(params, ids, key)
+                updates, state = optimizer.update(gradients, state, params)
+                return optax.apply_updates(params, updates), state, loss
+
+            self.step = self.jax.jit(step, donate_argnums=(0, 1))
+        key = self.jax.random.key(0)
+        self.params, self.state, loss = self.step(self.params, self.state, ids_BT, key)
+        return float(loss)
+
+
+class KerasHub:
+    """KerasHub, on the backend that the environment variable KERAS_BACKEND names."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import keras_hub  # pyright: ignore[reportMissingImports]
+
+        config = json.loads((path / "config.json").read_text())
+        backbone = keras_hub.models.OPTBackbone(
+            vocabulary_size=config["vocab_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            hidden_dim=config["hidden_size"],
+            intermediate_dim=config["ffn_dim"],
+            max_sequence_length=config["max_position_embeddings"],
+            dtype=dtype,
+        )
+        self.model = keras_hub.models.OPTCausalLM(backbone, preprocessor=None)
+        self.compiled = False
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        B, T = prompts_BT.shape
+        ids = np.ones((B, T + new_tokens), np.int32)
+        ids[:, :T] = prompts_BT
+        mask = np.zeros((B, T + new_tokens), bool)
+        mask[:, :T] = True
+        return self.model.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)
+
+    def train(self, ids_BT: np.ndarray) -> float:
+        import keras
+
+        if not self.compiled:
+            self.model.compile(
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                optimizer=keras.optimizers.AdamW(1e-5, weight_decay=0.01),
+                sampler="greedy",
+            )
+            self.compiled = True
+        inputs = {"token_ids": ids_BT[:, :-1], "padding_mask": np.ones_like(ids_BT[:, :-1])}
+        return float(self.model.train_on_batch(inputs, ids_BT[:, 1:])[0])
+
+
+class CTranslate2:
+    """CTranslate2; `path` is what its own converter made."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import ctranslate2  # pyright: ignore[reportMissingImports]
+
+        threads = len(os.sched_getaffinity(0))
+        self.vocabulary = json.loads((path / "vocabulary.json").read_text())
+        self.model = ctranslate2.Generator(str(path), compute_type=dtype, intra_threads=threads, inter_threads=1)
+
+    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
+        prompts = [[self.vocabulary[token] for token in row] for row in prompts_BT]
+        options = {"max_length": new_tokens, "min_length": new_tokens, "include_prompt_in_result": False}
+        return self.model.generate_batch(prompts, sampling_topk=1, max_batch_size=0, **options)
+
+
+class Limit:
+    """What the machine can do at best: read memory, and multiply matrices of 4096."""
+
+    def __init__(self, path: Path, dtype: str = "float32") -> None:
+        import torch
+
+        self.torch = torch
+        self.block = torch.ones(1 << 28, dtype=torch.float32)
+        self.matrix = torch.randn(4096, 4096)
+        del path, dtype
+
+    def measure(self) -> dict[str, float]:
+        """Bytes read and float32 operations a second, the better of MKL and oneDNN."""
+        read = timed(self.block.sum)
+        with self.torch.no_grad():
+            products = [timed(lambda: self.matrix @ self.matrix)]
+            if hasattr(self.torch.ops.mkldnn, "_linear_pointwise"):
+                multiply = self.torch.ops.mkldnn._linear_pointwise
+                products.append(timed(lambda: multiply(self.matrix, self.matrix, None, "none", [], "")))
+        return {"bytes_per_s": self.block.nbytes / read, "flops_per_s": 2 * 4096**3 / min(products)}
+
+
+def timed(do: Any) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    do()
+    return time.perf_counter() - start
+
+
+SYSTEMS = {
+    "limit": Limit,
+    "opt_torch": OptTorch,
+    "opt_tf": OptTf,
+    "opt_flax": OptFlax,
+    "hf_torch": HfTorch,
+    "hf_tf": HfTf,
+    "hf_flax": HfFlax,
+    "keras_hub_tf": KerasHub,
+    "keras_hub_jax": KerasHub,
+    "ct2": CTranslate2,
+}
+
+
+def answer(system: Any, command: dict[str, Any]) -> dict[str, Any]:
+    """Do one command, and say how long it took."""
+    if command["do"] == "limit":
+        return system.measure()
+    rng = np.random.default_rng(command["seed"])
+    ids_BT = rng.integers(4, 50000, size=(command["batch"], command["length"]))
+    if command["do"] == "train":
+        return {"seconds": timed(lambda: system.train(ids_BT))}
+    return {"seconds": timed(lambda: system.generate(ids_BT, command["new_tokens"]))}
+
+
+def main() -> None:
+    """Serve one system until standard input ends."""
+    name, path = sys.argv[1], Path(sys.argv[2])
+    # Whatever a framework prints goes to standard error: standard output is for answers.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    kind, *options = name.split(":")
+    start = time.perf_counter()
+    system = SYSTEMS[kind](path, *options)
+    print(json.dumps({"seconds": time.perf_counter() - start}), file=answers)
+    for line in sys.stdin:
+        try:
+            reply = answer(system, json.loads(line))
+        except (NotImplementedError, AttributeError) as error:
+            reply = {"error": str(error)}
+        print(json.dumps(reply), file=answers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What training needs beside the model: the language model's loss, gradient checkpointing, and what `fit` calls.
+
+Axis letters: B batch, T length, E word_embed_proj_dim, V vocabulary, X = B·(T - 1) scored positions,
+C of them at a time in each of K chunks.
+"""
+
+# TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import keras
+import tensorflow as tf
+
+from opt_common.params import Head
+from opt_common.reference import IGNORED_LABEL
+from opt_tf.attention import Masking
+
+CHUNK_LOGITS = 2**24
+"""Logits that the loss holds at a time: 64 MiB in float32, where a batch of 8 × 512 tokens has 785 MiB of them."""
+
+
+class Trainable:
+    """What every model class can do for training."""
+
+    head: ClassVar[Head | None]
+    supports_gradient_checkpointing: ClassVar[bool] = True
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep only each layer's input for the backward pass, and compute the rest again there.
+
+        In training this trades about a third more time for most of the memory of activations; outputs, dropout and
+        gradients stay the same. A call with a cache keeps everything. Call it before `compile`.
+        """
+        decoder_of(self).gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep everything for the backward pass, as a new model does."""
+        decoder_of(self).gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        return decoder_of(self).gradient_checkpointing
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder inside a model of any class."""
+    return model.decoder if model.head is None else model.model.decoder
+
+
+def run_again(
+    layer: Any, hidden_BTD: tf.Tensor, masking: Masking, output_attentions: bool
+) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """A layer's output and attention probabilities, of which only the input is kept for the backward pass."""
+    generators = [dropout.seed_generator for dropout in (layer.self_attn.dropout, layer.dropout) if dropout.rate > 0]
+    # Of the generator's states this layer takes the next two: `dropout` is called twice.
+    seeds = [(generator.next(), generator.next())[0] for generator in generators]
+
+    states = [(generator.state, seed) for generator, seed in zip(generators, seeds, strict=True)]
+    gradients: list[tf.Tensor] = []
+
+    def run(hidden_BTD: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        # A graph runs whatever it can: without an order, it would compute both times at once and spare no memory.
+        with tf.control_dependencies(gradients):
+            hidden_BTD = tf.identity(hidden_BTD)
+        # Both computations start from the same states of the generators, so that they drop the same.
+        with keras.StatelessScope(state_mapping=states):
+            hidden_BTD, _, probs_BNTS = layer(
+                hidden_BTD, masking=masking, output_attentions=output_attentions, training=True
+            )
+        return (hidden_BTD, probs_BNTS) if output_attentions else (hidden_BTD,)
+
+    @tf.custom_gradient
+    def watched(*outputs: tf.Tensor) -> Any:
+        def gradient(*upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            gradients[:] = upstream
+            return upstream
+
+        return outputs, gradient
+
+    hidden_BTD, *probs = watched(*tf.recompute_grad(run)(hidden_BTD))
+    return hidden_BTD, probs[0] if output_attentions else None
+
+
+def causal_lm_loss(
+    head: tuple[tf.Tensor, bool] | Callable[[tf.Tensor], tf.Tensor],
+    hidden_BTE: tf.Tensor,
+    labels_BT: tf.Tensor,
+    vocab_size: int,
+    num_items_in_batch: int | tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts.
+
+    The logits are computed `CHUNK_LOGITS` at a time, and again in the backward pass.
+
+    Args:
+        head: weight of the head, and whether it is the table (V, E) or a kernel (E, V); or, for a head that is more
+            than a weight, hidden states (X, E) to logits (X, V), of which then all are in memory.
+        hidden_BTE: what the logits are computed from.
+        labels_BT: ids; -100 does not count.
+        vocab_size: V.
+        num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+    """
+    B, T, E = keras.ops.shape(hidden_BTE)
+    hidden_XE = tf.reshape(hidden_BTE[:, :-1], (-1, E))
+    labels_X = tf.cast(tf.reshape(labels_BT[:, 1:], (-1,)), tf.int32)
+    X = B * (T - 1)
+    rows = tf.maximum(tf.minimum(CHUNK_LOGITS // vocab_size, X), 1)
+    K = -(-X // rows)
+    missing = K * rows - X
+    labels_KC = tf.reshape(tf.pad(labels_X, ((0, missing),), constant_values=IGNORED_LABEL), (K, rows))
+
+    if callable(head):
+        logits_XV = head(hidden_XE)
+        logits_XV = tf.cast(logits_XV, tf.float64 if logits_XV.dtype == tf.float64 else tf.float32)
+        losses_X = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels_X, 0), logits_XV)
+        total = tf.reduce_sum(tf.where(labels_X == IGNORED_LABEL, tf.zeros((), logits_XV.dtype), losses_X))
+    else:
+        hidden_KCE = tf.reshape(tf.pad(hidden_XE, ((0, missing), (0, 0))), (K, rows, E))
+        total = _summed_losses(hidden_KCE, tf.convert_to_tensor(head[0]), labels_KC, head[1])
+    count = tf.reduce_sum(tf.cast(labels_X != IGNORED_LABEL, total.dtype))
+    return total / (count if num_items_in_batch is None else tf.cast(num_items_in_batch, total.dtype))
+
+
+def _summed_losses(hidden_KCE: tf.Tensor, weight: tf.Tensor, labels_KC: tf.Tensor, is_table: bool) -> tf.Tensor:
+    """The sum of the losses, chunk after chunk, with a gradient that computes each chunk's logits again."""
+    K = tf.shape(hidden_KCE)[0]
+    at_least_float32 = tf.float64 if hidden_KCE.dtype == tf.float64 else tf.float32
+    counted_KC = labels_KC != IGNORED_LABEL
+    labels_KC = tf.where(counted_KC, labels_KC, 0)
+
+    def logits(hidden_CE: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+        logits_CV = tf.matmul(hidden_CE, tf.cast(weight, hidden_CE.dtype), transpose_b=is_table)
+        return tf.cast(logits_CV, at_least_float32)
+
+    @tf.custom_gradient
+    def summed(hidden_KCE: tf.Tensor, weight: tf.Tensor) -> Any:
+        def add(k: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            losses_C = tf.nn.sparse_softmax_cross_entropy_with_logits(labels_KC[k], logits(hidden_KCE[k], weight))
+            return k + 1, total + tf.reduce_sum(tf.where(counted_KC[k], losses_C, tf.zeros((), at_least_float32)))
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return _slopes(hidden_KCE, weight, labels_KC, tf.where(counted_KC, upstream, 0), logits, is_table)
+
+        zero = (tf.constant(0), tf.zeros((), at_least_float32))
+        return tf.while_loop(lambda k, _: k < K, add, zero, parallel_iterations=1)[1], gradient
+
+    return summed(hidden_KCE, weight)
+
+
+def _slopes(
+    hidden_KCE: tf.Tensor,
+    weight: tf.Tensor,
+    labels_KC: tf.Tensor,
+    upstream_KC: tf.Tensor,
+    logits: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    is_table: bool,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The gradients of the losses with respect to hidden states and weight, given those of what comes after."""
+    K, C = keras.ops.shape(labels_KC)
+
+    def add(k: tf.Tensor, hidden_slopes: tf.TensorArray, weight_slope: tf.Tensor) -> tuple[Any, ...]:
+        logits_CV = logits(hidden_KCE[k], weight)
+        picked_C2 = tf.stack((tf.range(C), labels_KC[k]), axis=1)
+        # The slope of the loss is the probabilities, less one at the label.
+        slope_CV = tf.tensor_scatter_nd_sub(tf.nn.softmax(logits_CV), picked_C2, tf.ones((C,), logits_CV.dtype))
+        slope_CV = tf.cast(slope_CV * upstream_KC[k][:, None], hidden_KCE.dtype)
+        hidden_slope_CE = tf.matmul(slope_CV, tf.cast(weight, slope_CV.dtype), transpose_b=not is_table)
+        factors = (slope_CV, hidden_KCE[k]) if is_table else (hidden_KCE[k], slope_CV)
+        weight_slope += tf.cast(tf.matmul(*factors, transpose_a=True), weight_slope.dtype)
+        return k + 1, hidden_slopes.write(k, hidden_slope_CE), weight_slope
+
+    hidden_slopes = tf.TensorArray(hidden_KCE.dtype, size=K, element_shape=hidden_KCE.shape[1:])
+    start = (tf.constant(0), hidden_slopes, tf.zeros(tf.shape(weight), upstream_KC.dtype))
+    _, hidden_slopes, weight_slope = tf.while_loop(lambda k, *_: k < K, add, start, parallel_iterations=1)
+    return tf.reshape(hidden_slopes.stack(), tf.shape(hidden_KCE)), tf.cast(weight_slope, weight.dtype)

@@ -1,0 +1,227 @@
+"""Layers whose weights are integers: `opt_common.quantization` in PyTorch.
+
+They stand where linear layers and tables of embeddings stand. Their integers are buffers, so that no optimiser moves
+them; gradients flow through them to what comes before.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opt_common.errors import CheckpointError
+from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, quantize_groups, quantize_rows
+
+AVAILABLE = ("int8-dynamic", "int8", "int4")
+"""Values of `OPTConfig.quantization` that this backend has."""
+
+KERNEL_WIDTH = 16
+"""PyTorch's kernels for few bits on a CPU take matrices of multiples of this alone, without a check of their own."""
+
+CUDA_ROWS = 17
+"""PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights.
+
+    Attributes:
+        codes_FD: the integers.
+        scales_F: what a row of them is multiplied by.
+        bias: (F,) or None.
+        dynamic: whether inputs are rounded too.
+    """
+
+    codes_FD: Tensor
+    scales_F: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, *, use_bias: bool, dynamic: bool, device: Any, dtype: Any
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dynamic = dynamic
+        self.register_buffer("codes_FD", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
+        self.register_buffer("scales_F", torch.zeros(out_features, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, D) to outputs (…, F)."""
+        inputs_MD = inputs.reshape(-1, self.in_features)
+        multiply = self.multiply_rounded if self.dynamic else self.multiply
+        outputs_MF = multiply(inputs_MD)
+        outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias
+        return outputs_MF.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+    def multiply_rounded(self, inputs_MD: Tensor) -> Tensor:
+        """The product with rounded inputs."""
+        return int8_product(inputs_MD, self.codes_FD, self.scales_F)
+
+    def multiply(self, inputs_MD: Tensor) -> Tensor:
+        """The product with inputs as they are."""
+        kernel = inputs_MD.device.type == "cpu" and self.in_features % KERNEL_WIDTH == 0
+        if not kernel or inputs_MD.requires_grad or inputs_MD.dtype == torch.float64:
+            return functional.linear(inputs_MD, self.codes_FD.to(inputs_MD.dtype)) * self.scales_F
+        # The kernel is fast on bfloat16 alone.
+        return torch.ops.aten._weight_int8pack_mm(inputs_MD.bfloat16(), self.codes_FD, self.scales_F.bfloat16())
+
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a matrix, (F, D)."""
+        del dtype  # that of the inputs is kept
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (F, D), float32, made anew each time."""
+        return self.codes_FD * self.scales_F[:, None]
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with 4-bit weights.
+
+    Attributes:
+        packed: the integers, in the order that the kernel reads.
+        scales_GF2: scale and offset of each group.
+        bias: (F,) or None.
+    """
+
+    packed: Tensor
+    scales_GF2: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device=device))
+        self.register_buffer("scales_GF2", torch.empty(0, dtype=torch.bfloat16, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, D) to outputs (…, F)."""
+        inputs_MD = inputs.reshape(-1, self.in_features)
+        if inputs_MD.requires_grad:
+            outputs_MF = functional.linear(inputs_MD, self.weight.to(inputs.dtype))
+        else:
+            outputs_MF = self.multiply(inputs_MD)
+        outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias
+        return outputs_MF.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+
+    def multiply(self, inputs_MD: Tensor) -> Tensor:
+        """The product with inputs rounded to bfloat16."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            inputs_MD.bfloat16(), self.packed, GROUP_SIZE, self.scales_GF2
+        )
+
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a matrix, (F, D).
+
+        Raises:
+            CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
+        """
+        del dtype  # that of the inputs is kept
+        if torch.device(device).type != "cpu":
+            raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
+        if len(array) % KERNEL_WIDTH:
+            raise CheckpointError(
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {len(array)}. '
+                'Use "int8".'
+            )
+        codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(array))
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
+        self.scales_GF2 = torch.stack((scales_FG.T, offsets_FG.T), dim=-1).bfloat16().contiguous()
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (F, D), bfloat16, made anew each time: what the kernel makes of each unit vector."""
+        return self.multiply(torch.eye(self.in_features, dtype=torch.bfloat16)).T.contiguous()
+
+
+class Int8Embedding(nn.Module):
+    """A table of embeddings with 8-bit rows; attributes are those of `Int8Linear`."""
+
+    codes_FD: Tensor
+    scales_F: Tensor
+
+    def __init__(self, rows: int, features: int, *, dynamic: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.dynamic = dynamic
+        self.dtype = dtype or torch.get_default_dtype()
+        self.register_buffer("codes_FD", torch.zeros((rows, features), dtype=torch.int8, device=device))
+        self.register_buffer("scales_F", torch.zeros(rows, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (…,) to rows (…, D)."""
+        return (self.codes_FD[ids] * self.scales_F[ids][..., None]).to(self.dtype)
+
+    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a table, (V, D), whose rows are to be of a dtype."""
+        self.dtype = dtype
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
+
+    def head(self) -> Int8Linear:
+        """The same table as a linear layer from embeddings to the vocabulary; nothing is copied."""
+        V, D = self.codes_FD.shape
+        layer = Int8Linear(D, V, use_bias=False, dynamic=self.dynamic, device="meta", dtype=None)
+        layer.codes_FD, layer.scales_F = self.codes_FD, self.scales_F
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The table, (V, D), made anew each time."""
+        return (self.codes_FD * self.scales_F[:, None]).to(self.dtype)
+
+
+def int8_product(inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tensor:
+    """The product of "int8-dynamic", (M, F) in float32; its gradient is that of the product with `codes * scales`."""
+    if torch.is_grad_enabled() and inputs_MD.requires_grad:
+        return Int8Product.apply(inputs_MD, codes_FD, scales_F)
+    inputs_MD = inputs_MD.float()
+    rounded_MD, steps_M = round_rows(inputs_MD)
+    if len(inputs_MD) == 0 or not float(steps_M.max()) > OUTLIER / INT8_LIMIT:
+        return multiply_integers(rounded_MD, codes_FD) * steps_M * scales_F
+    large_MD = inputs_MD * (inputs_MD.abs() > OUTLIER)
+    large_rounded_MD, large_steps_M = round_rows(large_MD)
+    rounded_MD, steps_M = round_rows(inputs_MD - large_rounded_MD * large_steps_M)
+    products_MF = multiply_integers(large_rounded_MD, codes_FD) * large_steps_M
+    return (products_MF + multiply_integers(rounded_MD, codes_FD) * steps_M) * scales_F
+
+
+class Int8Product(torch.autograd.Function):
+    """`int8_product` where gradients are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(codes_FD, scales_F)
+        ctx.dtype = inputs_MD.dtype
+        return int8_product(inputs_MD.detach(), codes_FD, scales_F)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the inputs."""
+        codes_FD, scales_F = ctx.saved_tensors
+        return ((gradients[0] * scales_F) @ codes_FD.float()).to(ctx.dtype), None, None
+
+
+def round_rows(inputs_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit integers and the step of each row, (M, 1)."""
+    peaks_M = torch.linalg.vector_norm(inputs_MD, torch.inf, -1, keepdim=True)
+    # The smallest normal number keeps rows of zeros from being divided by zero.
+    steps_M = (peaks_M / INT8_LIMIT).clamp_min_(torch.finfo(torch.float32).tiny)
+    return (inputs_MD / steps_M).round_().to(torch.int8), steps_M
+
+
+def multiply_integers(rounded_MD: Tensor, codes_FD: Tensor) -> Tensor:
+    """The product of integers with a transposed matrix of them, (M, F)."""
+    M = len(rounded_MD)
+    if rounded_MD.is_cuda and M < CUDA_ROWS:
+        rounded_MD = functional.pad(rounded_MD, (0, 0, 0, CUDA_ROWS - M))
+    products_MF = torch._int_mm(rounded_MD, codes_FD.T)  # pyright: ignore[reportPrivateImportUsage]
+    return products_MF[:M]
