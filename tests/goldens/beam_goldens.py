@@ -47,9 +47,9 @@ def wanted(
     yield "beam3_processed", EVEN, {"max_new_tokens": 12, "num_beams": 3, **processed}
     yield "beam3_min_new", EVEN, {"max_new_tokens": 12, "num_beams": 3, "min_new_tokens": 6, "eos_token_id": ends}
     groups = {"max_new_tokens": 9, "num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 1.0}
-    yield "groups_6x3", EVEN, {**groups, "num_return_sequences": 6}
-    yield "groups_6x3_left_pad", PADDED, {**groups, "num_return_sequences": 3, "length_penalty": 0.6}
-    yield "groups_4x4_ends", EVEN, {**groups, "num_beams": 4, "num_beam_groups": 4, "eos_token_id": ends}
+    yield "group_beam_6x3_div1.0", EVEN, {**groups, "num_return_sequences": 6}
+    yield "group_beam_6x3_div1.0_leftpad", PADDED, {**groups, "num_return_sequences": 3, "length_penalty": 0.6}
+    yield "group_beam_4x4_ends", EVEN, {**groups, "num_beams": 4, "num_beam_groups": 4, "eos_token_id": ends}
     forced = {"max_new_tokens": 10, "num_beams": 4}
     yield "forced_phrase", EVEN, {**forced, "force_words_ids": [phrases[0]]}
     yield "forced_choice_left_pad", PADDED, {**forced, "force_words_ids": [[phrases[1], phrases[2]]]}

@@ -5,7 +5,7 @@
     OPT_GOLDENS=OUT python -m pytest tests
 
 Builds each variant with weights of `tests/seeded.py`, lets the library's own classes save it in every format they have,
-and stores what its PyTorch class (eager attention) computes. Nothing of this repository but `seeded.py` is imported, so
+and stores what its PyTorch class (eager attention) computes. Nothing of this repository but `seeded.py` and `beam_goldens.py` is imported, so
 that no mistake of ours can reach the data. With another seed the values differ; the suite must pass all the same.
 """
 
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
+from beam_goldens import beam_cases
 from safetensors.torch import save_file
 from seeded import seeded_weight
 from transformers import OPTConfig, OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification
@@ -522,6 +523,9 @@ def write_variant(variant: str, seed: int, directory: Path) -> None:
     np.savez_compressed(directory / "expected.npz", **values)
     cases = {"transformers": transformers.__version__, "cases": generation_cases(model, rng)}
     (directory / "generation.json").write_text(json.dumps(cases) + "\n")
+    beam_rng = np.random.default_rng([seed, 2 * len(VARIANTS), list(VARIANTS).index(variant)])
+    beams = {**cases, "cases": beam_cases(model, beam_rng, thorough=variant in THOROUGH)}
+    (directory / "generation_beams.json").write_text(json.dumps(beams) + "\n")
     if variant in THOROUGH:
         head_values(
             model, variant, np.random.default_rng([seed, len(VARIANTS), list(VARIANTS).index(variant)]), directory
