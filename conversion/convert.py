@@ -187,7 +187,7 @@ def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
         files=prepared.files,
         tensors=len(weights.table),
         total_bytes=plan.total_bytes,
-        warnings=tuple(class_limits(weights.config, plan.format, weights.head)),
+        warnings=prepared.warnings,
     )
 
 
@@ -230,7 +230,7 @@ def plan_conversion(
             ),
             needed_bytes=needed_bytes(plan, prepared.documents),
             free_bytes=free_bytes(prepared.target),
-            warnings=tuple(class_limits(prepared.checkpoint.config, to, prepared.checkpoint.head)),
+            warnings=prepared.warnings,
         )
 
 
@@ -248,6 +248,17 @@ class _Prepared:
     def files(self) -> tuple[str, ...]:
         """Names of all files that will be written."""
         return (*self.plan.files, *((self.plan.index,) if self.plan.index else ()), *self.documents)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What other software cannot do with the result, a sentence each."""
+        found = list(class_limits(self.weights.config, self.plan.format, self.weights.head))
+        if self.plan.format == KERAS_HUB and not set(TOKENIZER_ASSETS.values()) <= self.documents.keys():
+            found.append(
+                f"There is no {' and '.join(TOKENIZER_ASSETS)} beside the source, so that the preset has no tokenizer: "
+                f"KerasHub loads it with preprocessor=None."
+            )
+        return tuple(found)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from opt_common.errors import (
 )
 from opt_common.generation import GenerationConfig
 from opt_common.lora import LoraConfig
+from opt_common.streaming import TextIteratorStreamer, TextStreamer
 from opt_common.tokenizer import OPTTokenizer
 from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 
@@ -29,6 +30,8 @@ __all__ = [
     "OPTError",
     "OPTTokenizer",
     "PhrasalConstraint",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "TokenizerError",
     "WatermarkDetector",
     "WatermarkingConfig",

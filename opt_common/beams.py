@@ -4,9 +4,9 @@ The rules are Hugging Face's (transformers 4.57; for groups and constraints 4.55
 Each step selects, for each prompt, more continuations than there are beams, since those that end go on no longer:
 1 + number of end-of-text ids, but at least 2, for each beam. Of these,
 
-- those among the first `num_beams` that end are finished, with the score `sum / length ** length_penalty`, the sum
-  being that of the log-probabilities and the length that of the new tokens with the end; the best `num_beams` of them
-  are kept;
+- those among the first `num_beams` that end, by whatever `opt_common.stopping` knows, are finished, with the score
+  `sum / length ** length_penalty`, the sum being that of the log-probabilities and the length that of the new tokens
+  with the end; the best `num_beams` of them are kept;
 - of the others, the best `num_beams` are the beams of the next step; they end where no tokens are left.
 
 A prompt is done when it has `num_beams` finished texts and `early_stopping` is True or no beam can do better: judged
@@ -47,7 +47,7 @@ class Candidates:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Text:
+class Hypothesis:
     """The new tokens of one beam: n of them.
 
     Attributes:
@@ -62,9 +62,9 @@ class Text:
     totals_T: Totals
     progress: Progress | None = None
 
-    def continued(self, total: float, beam: int, token: int) -> "Text":
+    def continued(self, total: float, beam: int, token: int) -> "Hypothesis":
         """The text with one more token."""
-        return Text(
+        return Hypothesis(
             tokens_T=np.append(self.tokens_T, token),
             beams_T=np.append(self.beams_T, beam),
             totals_T=np.append(self.totals_T, total),
@@ -85,13 +85,15 @@ class Beams:
         done: whether nothing changes any more.
     """
 
-    def __init__(self, settings: GenerationConfig, new_tokens: int) -> None:
+    def __init__(self, settings: GenerationConfig, prompt: Prompt, row: int) -> None:
         self.settings = settings
-        self.new_tokens = new_tokens
+        self.new_tokens = prompt.new_tokens
+        self.stopping = prompt.stopping
+        self.prompt_T = prompt.input_ids[row] if prompt.has_ids else prompt.input_ids[row, :0]
         self.width = settings.num_beams // settings.num_beam_groups
         nothing = np.zeros(0, np.int64)
-        self.running: list[Text] = [Text(tokens_T=nothing, beams_T=nothing, totals_T=np.zeros(0))]
-        self.finished: list[Text] = []
+        self.running: list[Hypothesis] = [Hypothesis(tokens_T=nothing, beams_T=nothing, totals_T=np.zeros(0))]
+        self.finished: list[Hypothesis] = []
         self.done = False
 
     @property
@@ -103,17 +105,25 @@ class Beams:
     def advance(self, candidates: Candidates) -> None:
         """Go on by one token."""
         last = len(self.running[0].tokens_T) + 1 == self.new_tokens
-        possible_C = candidates.totals_C > -np.inf
-        ends_C = np.isin(candidates.tokens_C, self.settings.eos_token_id)
-        ending = candidates.at(np.flatnonzero(possible_C[: self.width] & ends_C[: self.width]))
-        others = candidates.at(np.flatnonzero(possible_C & ~ends_C))
+        candidates = candidates.at(np.flatnonzero(candidates.totals_C > -np.inf))
+        ends_C = self.ended(candidates)
+        ending = candidates.at(np.flatnonzero(ends_C[: self.width]))
+        others = candidates.at(np.flatnonzero(~ends_C))
         others = others.at(np.argsort(-others.totals_C, kind="stable")[: self.width])
         finished = self.continued(ending)
         self.running = self.continued(self.chosen(others))
         self.finish(finished + self.running if last else finished)
         self.done = last or not self.running or self.is_decided()
 
-    def continued(self, candidates: Candidates) -> list[Text]:
+    def ended(self, candidates: Candidates) -> npt.NDArray[np.bool_]:
+        """Which candidates, (C,), end their texts."""
+        ids_CT = candidates.tokens_C[:, None]
+        if self.stopping.reads_text and len(ids_CT):
+            before = [np.concatenate([self.prompt_T, self.running[int(beam)].tokens_T]) for beam in candidates.beams_C]
+            ids_CT = np.concatenate([np.stack(before), ids_CT], axis=1)
+        return self.stopping.ended(ids_CT)
+
+    def continued(self, candidates: Candidates) -> list[Hypothesis]:
         """The texts of some candidates."""
         rows = zip(candidates.totals_C, candidates.beams_C, candidates.tokens_C, strict=True)
         return [self.running[int(beam)].continued(float(total), int(beam), int(token)) for total, beam, token in rows]
@@ -122,7 +132,7 @@ class Beams:
         """The beams of the next step: the best candidates, unless a constraint says otherwise."""
         return candidates
 
-    def finish(self, texts: list[Text]) -> None:
+    def finish(self, texts: list[Hypothesis]) -> None:
         """Keep the best of the finished texts; of equals those that were there before."""
         penalty = self.settings.length_penalty
         texts = sorted(self.finished + texts, key=lambda text: -text.score(penalty))
@@ -139,7 +149,7 @@ class Beams:
         length = self.new_tokens if longest else len(self.running[0].tokens_T)
         return bool(self.totals.max() / length**penalty <= self.finished[-1].score(penalty))
 
-    def results(self) -> list[Text]:
+    def results(self) -> list[Hypothesis]:
         """The texts to choose the best from."""
         return self.finished
 
@@ -147,10 +157,10 @@ class Beams:
 class ConstrainedBeams(Beams):
     """Beams of a text that must contain something (Hokamp and Liu 2017; Post and Vilar 2018)."""
 
-    def __init__(self, settings: GenerationConfig, new_tokens: int) -> None:
-        super().__init__(settings, new_tokens)
+    def __init__(self, settings: GenerationConfig, prompt: Prompt, row: int) -> None:
+        super().__init__(settings, prompt, row)
         self.running = [dataclasses.replace(self.running[0], progress=Progress.of(settings.all_constraints))]
-        self.spare: list[Text] = []
+        self.spare: list[Hypothesis] = []
         self.asked: Candidates | None = None
 
     def advance(self, candidates: Candidates, asked: Candidates | None = None) -> None:
@@ -180,20 +190,20 @@ class ConstrainedBeams(Beams):
         turns = np.array([(banks[order[:place]] == banks[own]).sum() for place, own in enumerate(order)], np.int64)
         return candidates.at(order[np.argsort(turns, kind="stable")][: self.width])
 
-    def finish(self, texts: list[Text]) -> None:
+    def finish(self, texts: list[Hypothesis]) -> None:
         """Keep the best of those that fulfil the constraints, and at the end the others, for want of better ones."""
         complete = [text for text in texts if _progress(text).complete]
         self.spare = [text for text in texts if not _progress(text).complete]
         super().finish(complete)
 
-    def results(self) -> list[Text]:
+    def results(self) -> list[Hypothesis]:
         """Texts that fulfil the constraints, and others only where those are too few."""
         penalty = self.settings.length_penalty
         spare = sorted(self.spare, key=lambda text: -text.score(penalty))
         return self.finished + spare[: max(self.settings.num_return_sequences - len(self.finished), 0)]
 
 
-def _progress(text: Text) -> Progress:
+def _progress(text: Hypothesis) -> Progress:
     assert text.progress is not None
     return text.progress
 
@@ -232,7 +242,7 @@ class _Run:
         self.prompt, self.settings = prompt, settings
         kind = ConstrainedBeams if settings.strategy == "constrained_beam_search" else Beams
         count = len(prompt.input_ids) * settings.num_beam_groups
-        self.beams = [kind(settings, prompt.new_tokens) for _ in range(count)]
+        self.beams = [kind(settings, prompt, i // settings.num_beam_groups) for i in range(count)]
         self.width = settings.num_beams // settings.num_beam_groups
         self.rows = count * self.width
         self.details = tuple(name for name in details_of(settings) if name != "logprobs")
@@ -311,7 +321,7 @@ class _Run:
         """The best texts of each prompt."""
         settings = self.settings
         count, groups, penalty = settings.num_return_sequences, settings.num_beam_groups, settings.length_penalty
-        chosen: list[tuple[int, Text]] = []
+        chosen: list[tuple[int, Hypothesis]] = []
         for prompt in range(len(self.prompt.input_ids)):
             numbers = range(prompt * groups, (prompt + 1) * groups)
             texts = [(i, text) for i in numbers for text in self.beams[i].results()]

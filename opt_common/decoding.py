@@ -16,6 +16,7 @@ from opt_common.errors import GenerationError
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Processor
+from opt_common.stopping import Stopping
 
 Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 
@@ -88,6 +89,11 @@ class Prompt:
         new_tokens: how many tokens to append at most.
         processors: what is done to the scores of each step.
         uniforms: (B, new_tokens, draws) numbers from [0, 1) that decide what is drawn; None where nothing is.
+        stopping: what ends a row.
+        inputs_embeds: (B, T, E), what is read in place of the tokens' rows of the table; None reads the tokens.
+        has_ids: False where `input_ids` mean nothing, because embeddings came without ids.
+        past: the first tokens, which were read before, or None.
+        order: (B, T) the column in which each token was given.
     """
 
     input_ids: Ids
@@ -95,11 +101,36 @@ class Prompt:
     new_tokens: int
     processors: tuple[Processor, ...] = ()
     uniforms: npt.NDArray[np.float32] | None = None
+    stopping: Stopping = dataclasses.field(default_factory=Stopping)
+    inputs_embeds: npt.NDArray[Any] | None = None
+    has_ids: bool = True
+    past: "Past | None" = None
+    order: Ids | None = None
+
+    @property
+    def past_length(self) -> int:
+        """How many of the T tokens are not read, since the cache has them."""
+        return 0 if self.past is None else self.past.length
 
     def gates(self, step: int) -> npt.NDArray[np.float64]:
         """The number of each processor when `step` new tokens are there, (P,)."""
         length = self.input_ids.shape[1] + step
         return np.array([processor.gate(length) for processor in self.processors], dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Past:
+    """What was read before.
+
+    Attributes:
+        cache: a `KVCache` of the framework.
+        length: how many of its tokens count.
+        rows_B: which of its rows each row continues.
+    """
+
+    cache: Any
+    length: int
+    rows_B: Ids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,17 +157,28 @@ class Generated:
     scores: tuple[npt.NDArray[Any], ...] | None = None
     logits: tuple[npt.NDArray[Any], ...] | None = None
 
-    def output(self, sequences: Any, array: Callable[[npt.NDArray[Any]], Any]) -> GenerateOutput:
+    def after(self, input_ids: npt.NDArray[Any] | None) -> Ids:
+        """Each prompt, as it was given, with its new tokens behind it; (R, new) where there are no prompts' ids."""
+        if input_ids is None:
+            return self.new_ids
+        ids_RT = np.repeat(input_ids, len(self.new_ids) // len(input_ids), axis=0)
+        return np.concatenate([ids_RT, self.new_ids.astype(ids_RT.dtype)], axis=1)
+
+    def output(
+        self, sequences: Any, array: Callable[[npt.NDArray[Any]], Any], past_key_values: Any = None
+    ) -> GenerateOutput:
         """The same as users get it.
 
         Args:
             sequences: prompts and new tokens, in the framework's array.
             array: makes such an array.
+            past_key_values: the cache of what was read, or None.
         """
         singles = {name: getattr(self, name) for name in ("token_logprobs", "sequences_scores", "beam_indices")}
         several = {name: getattr(self, name) for name in ("scores", "logits")}
         return GenerateOutput(
             sequences=sequences,
+            past_key_values=past_key_values,
             **{name: None if value is None else array(value) for name, value in singles.items()},
             **{name: None if value is None else tuple(map(array, value)) for name, value in several.items()},
         )
@@ -177,8 +219,8 @@ class Reader:
 def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) -> Iterator[Arrays]:
     """Continue each row by itself, token by token: the likeliest, or one drawn by probability.
 
-    A row is finished once it has emitted an id of `eos_token_id`; from then on it emits the pad token. The run stops
-    when every row is finished, or after `prompt.new_tokens` steps.
+    A row is finished once `prompt.stopping` says so; from then on it emits the pad token. The run stops when every row
+    is finished, or after `prompt.new_tokens` steps.
 
     Yields:
         Each step's "tokens", (B,), and its details.
@@ -186,7 +228,7 @@ def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) ->
     Raises:
         GenerationError: where a row that is not finished has no token to go on with.
     """
-    eos = np.asarray(settings.eos_token_id, dtype=np.int64)
+    text = Text(prompt)
     finished_B = np.zeros(len(prompt.input_ids), dtype=bool)
     found: Arrays = {}
     for step in range(prompt.new_tokens):
@@ -201,9 +243,24 @@ def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) ->
         if "logprobs" in found:
             found = {**found, "logprobs": np.where(finished_B, 0, found["logprobs"])}
         yield found
-        finished_B |= np.isin(found["tokens"], eos)
+        finished_B |= text.ended(found["tokens"])
         if finished_B.all():
             return
+
+
+class Text:
+    """The text so far, as far as the rules that end a row ask for it."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.stopping = prompt.stopping
+        self.ids_BT = prompt.input_ids if prompt.has_ids else prompt.input_ids[:, :0]
+
+    def ended(self, tokens_B: Ids) -> npt.NDArray[np.bool_]:
+        """Take the next token of each row, and say which rows end with it."""
+        if not self.stopping.reads_text:
+            return self.stopping.ended(tokens_B[:, None])
+        self.ids_BT = np.concatenate([self.ids_BT, tokens_B[:, None]], axis=1)
+        return self.stopping.ended(self.ids_BT)
 
 
 def collect(steps: Iterator[Arrays]) -> Generated:

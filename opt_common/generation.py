@@ -8,7 +8,7 @@ import collections
 import hashlib
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,89 +16,135 @@ import numpy.typing as npt
 
 from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
-from opt_common.decoding import Decoder, Generated, Ids, Prompt, Reader, collect, decode_tokens
-from opt_common.errors import GenerationError
+from opt_common.decoding import Arrays, Decoder, Generated, Ids, Past, Prompt, Reader, collect, decode_tokens
+from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import GenerationConfig
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
-from opt_common.strategies import BEAM_STRATEGIES, SAMPLING_STRATEGIES
+from opt_common.stopping import Stopping
+from opt_common.strategies import BEAM_STRATEGIES, KEEPS_CACHE, SAMPLING_STRATEGIES
+from opt_common.streaming import Streamer
 
 DEFAULT_MAX_LENGTH = 20
 """Prompt and new tokens together, when nothing is said: Hugging Face's default."""
 
 
-def run(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Generated:
+def run(decoder: Decoder, prompt: Prompt, settings: GenerationConfig, streamer: Streamer | None = None) -> Generated:
     """Continue prompts by the strategy that some settings ask for.
 
     Raises:
         GenerationError: where a row has no token to go on with.
     """
-    reader = Reader(decoder, prompt, use_cache=settings.use_cache)
     if settings.strategy in BEAM_STRATEGIES:
-        return search(reader, prompt, settings)
-    return collect(decode_tokens(reader, prompt, settings))
+        return search(Reader(decoder, prompt, use_cache=settings.use_cache), prompt, settings)
+    steps = token_steps(decoder, prompt, settings)
+    return collect(steps if streamer is None else streamed(steps, prompt, streamer))
+
+
+def token_steps(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) -> Iterator[Arrays]:
+    """The steps of a strategy that appends tokens and takes none back.
+
+    Yields:
+        Each step's "tokens", (B,), and its details.
+    """
+    reader = Reader(decoder, prompt, use_cache=settings.use_cache)
+    return decode_tokens(reader, prompt, settings)
+
+
+def streamed(steps: Iterator[Arrays], prompt: Prompt, streamer: Streamer) -> Iterator[Arrays]:
+    """The same steps, and a streamer is told of each."""
+    try:
+        streamer.put(prompt.input_ids if prompt.has_ids else prompt.input_ids[:, :0])
+        for found in steps:
+            streamer.put(found["tokens"])
+            yield found
+    finally:
+        streamer.end()
+
+
+def check_streamer(streamer: object, settings: GenerationConfig) -> None:
+    """Refuse to show a text that is certain only at its end.
+
+    Raises:
+        GenerationError: where there is a streamer, and a strategy that takes tokens back.
+    """
+    if streamer is not None and not settings.streams:
+        raise GenerationError(
+            f"Text can't be shown as it is produced: the strategy is {settings.strategy}, which decides at the end. "
+            "Leave the streamer out, or num_beams."
+        )
+
+
+def returns_cache(settings: GenerationConfig) -> bool:
+    """Whether `generate` hands back what was read."""
+    return settings.return_dict_in_generate and settings.use_cache and settings.strategy in KEEPS_CACHE
+
+
+def given_slots(order_BT: Ids, start: int, padding: int, capacity: int) -> Ids | None:
+    """Where a cache has each column of a text as it was given, and of what was generated then.
+
+    Args:
+        order_BT: the column in which each token was given.
+        start: how many tokens the cache had already.
+        padding: how many slots without a token follow those.
+        capacity: S, the number of slots.
+
+    Returns:
+        (B, S) slots; None where each column has the slot of its number.
+    """
+    columns_T = np.arange(int(order_BT.shape[1]))
+    if not padding and bool((order_BT == columns_T).all()):
+        return None
+    slots_BS = np.minimum(np.arange(capacity) + padding, capacity - 1)[None].repeat(len(order_BT), axis=0)
+    slots_BS[:, :start] = np.arange(start)
+    slots_BS[:, start : order_BT.shape[1]] = np.argsort(order_BT, axis=1)[:, start:] + padding
+    return slots_BS
 
 
 def read_prompt(
     config: OPTConfig,
     settings: GenerationConfig,
-    input_ids: npt.NDArray[Any],
-    attention_mask: npt.NDArray[Any] | None,
+    input_ids: npt.NDArray[Any] | None,
+    attention_mask: npt.NDArray[Any] | None = None,
     functions: Sequence[Callable[[Any, Any], Any]] = (),
+    *,
+    inputs_embeds: npt.NDArray[Any] | None = None,
+    past_key_values: Any = None,
+    stopping: Stopping | None = None,
 ) -> Prompt:
     """Check prompts and bring them into the decoders' form, each as often as it is to be continued by itself.
 
     Args:
         config: the model's configuration.
         settings: how to continue.
-        input_ids: (B, T) integers.
+        input_ids: (B, T) integers; None where there are embeddings alone.
         attention_mask: (B, T) of ones and zeros, padding anywhere; None means no padding.
         functions: the user's own processors.
+        inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
+        past_key_values: a cache of the first tokens of each row, or one row of tokens that every row begins with.
+        stopping: what ends a row; None means `eos_token_id` alone.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
-        GenerationError: for a row without any token, or a continuation with no room.
+        GenerationError: for a row without any token, a continuation with no room, or a cache of another text.
     """
-    given = {"input_ids": input_ids, "attention_mask": attention_mask}
-    values = {name: np.asarray(array) for name, array in given.items() if array is not None}
-    check_inputs(config, shapes={name: array.shape for name, array in values.items()}, values=values)
-    ids_BT = values["input_ids"]
-    if attention_mask is None and config.pad_token_id is not None and (ids_BT[:, [0, -1]] == config.pad_token_id).any():
-        warnings.warn(
-            f"A prompt begins or ends with the pad token {config.pad_token_id}, and no attention_mask was given: "
-            "padding is read as text. Pass the tokenizer's attention_mask.",
-            stacklevel=4,
-        )
-    mask_BT = values.get("attention_mask", np.ones_like(ids_BT)).astype(np.int64)
-    if empty := np.flatnonzero(mask_BT.sum(1) == 0).tolist():
-        raise GenerationError(
-            f"Prompt {empty[0]} is empty: its attention_mask is all zeros. Give it at least one token."
-        )
-
-    length = ids_BT.shape[1]
-    new_tokens = settings.max_new_tokens
-    if new_tokens is None:
-        max_length = settings.max_length or DEFAULT_MAX_LENGTH
-        new_tokens = max_length - length
-        if new_tokens <= 0:
-            raise GenerationError(
-                f"The prompt has {length} tokens and max_length is {max_length}: no room is left. Pass max_new_tokens."
-            )
-    longest, limit = int(mask_BT.sum(1).max()), config.max_position_embeddings
-    # The last new token is never read, so it needs no position.
-    if longest + new_tokens - 1 > limit:
-        raise GenerationError(
-            f"A prompt of {longest} tokens and {new_tokens} new ones do not fit: this model has positions for {limit}. "
-            f"Shorten the prompt, or pass max_new_tokens={max(limit - longest + 1, 0)} or less."
-        )
-    # A stable sort of the mask moves each row's padding to its left and keeps the order of its tokens.
-    order_BT = np.argsort(mask_BT, axis=1, kind="stable")
-    beams = settings.strategy in BEAM_STRATEGIES
-    draws = continuations(settings) if beams else 1
-    ids_BT, mask_BT = (
-        np.repeat(np.take_along_axis(array_BT, order_BT, axis=1), 1 if beams else settings.num_return_sequences, axis=0)
-        for array_BT in (ids_BT, mask_BT)
-    )
+    embeds_BTE = None if inputs_embeds is None else np.asarray(inputs_embeds)
+    ids_BT, mask_BT = _read_arrays(config, input_ids, attention_mask, embeds_BTE)
+    rows, length = mask_BT.shape
+    new_tokens = _room(config, settings, length, int(mask_BT.sum(1).max()))
+    past = None if past_key_values is None else _read_past(config, settings, past_key_values, mask_BT)
+    if embeds_BTE is not None and not settings.use_cache:
+        raise GenerationError("inputs_embeds needs the cache: leave use_cache=False out.")
+    start = 0 if past is None else past.length
+    # A stable sort of the mask moves each row's padding to its left and keeps the order of its tokens. What the cache
+    # has stays where it is.
+    order_BT = np.argsort(mask_BT[:, start:], axis=1, kind="stable") + start
+    order_BT = np.concatenate([np.broadcast_to(np.arange(start), (rows, start)), order_BT], axis=1)
+    copies = settings.copies
+    order_BT, ids_BT, mask_BT = (np.repeat(array_BT, copies, axis=0) for array_BT in (order_BT, ids_BT, mask_BT))
+    ids_BT, mask_BT = (np.take_along_axis(array_BT, order_BT, axis=1) for array_BT in (ids_BT, mask_BT))
+    if embeds_BTE is not None:
+        embeds_BTE = np.take_along_axis(np.repeat(embeds_BTE, copies, axis=0), order_BT[..., None], axis=1)
     return Prompt(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -110,14 +156,117 @@ def read_prompt(
             max_length=length + new_tokens,
             functions=functions,
         ),
-        uniforms=draw_uniforms(ids_BT, mask_BT, new_tokens, settings.seed, draws=draws)
-        if settings.strategy in SAMPLING_STRATEGIES
-        else None,
+        uniforms=(
+            draw_uniforms(
+                ids_BT if embeds_BTE is None else embeds_BTE,
+                mask_BT,
+                new_tokens,
+                settings.seed,
+                draws=continuations(settings) if settings.strategy in BEAM_STRATEGIES else 1,
+            )
+            if settings.strategy in SAMPLING_STRATEGIES
+            else None
+        ),
+        stopping=Stopping(eos_token_id=settings.eos_token_id) if stopping is None else stopping,
+        inputs_embeds=embeds_BTE,
+        has_ids=input_ids is not None,
+        past=past,
+        order=order_BT,
     )
 
 
+def _read_arrays(
+    config: OPTConfig,
+    input_ids: npt.NDArray[Any] | None,
+    attention_mask: npt.NDArray[Any] | None,
+    embeds_BTE: npt.NDArray[Any] | None,
+) -> tuple[Ids, Ids]:
+    """Ids and mask, (B, T) each, checked; the ids of embeddings without ids are zeros."""
+    given = {
+        "input_ids": input_ids,
+        # With both, the ids are what the new tokens follow, and the embeddings what is read.
+        "inputs_embeds": embeds_BTE if input_ids is None else None,
+        "attention_mask": attention_mask,
+    }
+    values = {name: np.asarray(array) for name, array in given.items() if array is not None}
+    check_inputs(config, shapes={name: array.shape for name, array in values.items()}, values=values)
+    if embeds_BTE is not None:
+        check_inputs(config, shapes={"inputs_embeds": embeds_BTE.shape}, values={})
+        values.setdefault("input_ids", np.zeros(embeds_BTE.shape[:2], dtype=np.int64))
+    ids_BT = values["input_ids"]
+    if embeds_BTE is not None and embeds_BTE.shape[:2] != ids_BT.shape:
+        raise GenerationError(
+            f"inputs_embeds has shape {embeds_BTE.shape} beside input_ids of shape {ids_BT.shape}, expected an "
+            "embedding for each id. Leave input_ids out to get the new tokens alone."
+        )
+    pad = config.pad_token_id
+    if attention_mask is None and embeds_BTE is None and pad is not None and (ids_BT[:, [0, -1]] == pad).any():
+        warnings.warn(
+            f"A prompt begins or ends with the pad token {pad}, and no attention_mask was given: padding is read as "
+            "text. Pass the tokenizer's attention_mask.",
+            stacklevel=6,
+        )
+    mask_BT = values.get("attention_mask", np.ones_like(ids_BT)).astype(np.int64)
+    if empty := np.flatnonzero(mask_BT.sum(1) == 0).tolist():
+        raise GenerationError(
+            f"Prompt {empty[0]} is empty: its attention_mask is all zeros. Give it at least one token."
+        )
+    return ids_BT, mask_BT
+
+
+def _room(config: OPTConfig, settings: GenerationConfig, length: int, longest: int) -> int:
+    """How many tokens to append at most, given the columns of the prompts and the tokens of the longest."""
+    new_tokens = settings.max_new_tokens
+    if new_tokens is None:
+        max_length = settings.max_length or DEFAULT_MAX_LENGTH
+        new_tokens = max_length - length
+        if new_tokens <= 0:
+            raise GenerationError(
+                f"The prompt has {length} tokens and max_length is {max_length}: no room is left. Pass max_new_tokens."
+            )
+    limit = config.max_position_embeddings
+    # The last new token is never read, so it needs no position.
+    if longest + new_tokens - 1 > limit:
+        raise GenerationError(
+            f"A prompt of {longest} tokens and {new_tokens} new ones do not fit: this model has positions for {limit}. "
+            f"Shorten the prompt, or pass max_new_tokens={max(limit - longest + 1, 0)} or less."
+        )
+    return new_tokens
+
+
+def _read_past(config: OPTConfig, settings: GenerationConfig, past_key_values: Any, mask_BT: Ids) -> Past | None:
+    """The part of a cache that counts: each row has a token left to be read."""
+    rows, length = map(int, mask_BT.shape)
+    last_B: Ids = length - 1 - mask_BT[:, ::-1].argmax(1)
+    B, _, N, H = past_key_values.keys[0].shape
+    held, layers = int(past_key_values.length), len(past_key_values.keys)
+    problems: list[str] = []
+    if (layers, N, H) != (config.num_hidden_layers, config.num_attention_heads, config.head_dim):
+        problems.append(
+            f"past_key_values has {layers} layers of {N} heads with {H} features, but this model has "
+            f"{config.num_hidden_layers} of {config.num_attention_heads} with {config.head_dim}."
+        )
+    if B not in {1, rows}:
+        problems.append(f"past_key_values has {B} rows, expected {rows} as there are prompts, or one for all of them.")
+    if held > length:
+        problems.append(
+            f"past_key_values holds {held} tokens, but the prompts have {length}: give the whole text, past included."
+        )
+    if not settings.use_cache:
+        problems.append("past_key_values needs the cache: leave use_cache=False out.")
+    if problems:
+        raise GenerationError(join_problems(problems))
+    rows_B: Ids = np.arange(rows) * (B > 1)
+    past = Past(
+        cache=past_key_values,
+        length=min(held, int(last_B.min())),
+        rows_B=np.repeat(rows_B, settings.copies),
+    )
+    return past if past.length else None
+
+
 def draw_uniforms(
-    input_ids: Ids, attention_mask: Ids, new_tokens: int, seed: int | None, *, draws: int = 1
+    texts: npt.NDArray[Any], attention_mask: Ids, new_tokens: int, seed: int | None, *, draws: int = 1
 ) -> npt.NDArray[np.float32]:
     """The numbers that decide what is drawn: (B, new_tokens, draws) from [0, 1).
 
@@ -125,7 +274,7 @@ def draw_uniforms(
     nothing else: a row of a batch is continued as it is alone, and copies of one prompt each in their own way.
 
     Args:
-        input_ids: (B, T) integers.
+        texts: (B, T) ids, or (B, T, E) embeddings.
         attention_mask: (B, T).
         new_tokens: for how many steps.
         seed: None draws one.
@@ -134,8 +283,9 @@ def draw_uniforms(
     seed = secrets.randbits(63) if seed is None else seed
     copies: collections.Counter[bytes] = collections.Counter()
     rows: list[npt.NDArray[np.float32]] = []
-    for ids_T, mask_T in zip(input_ids, attention_mask, strict=True):
-        text = ids_T[mask_T == 1].astype("<i8").tobytes()
+    kind = "<i8" if texts.ndim == 2 else "<f4"
+    for ids_T, mask_T in zip(texts, attention_mask, strict=True):
+        text = ids_T[mask_T == 1].astype(kind).tobytes()
         name = hashlib.blake2b(text, digest_size=8, key=(seed % 2**64).to_bytes(8, "little")).digest()
         # Each copy has a stretch of the generator's counter for itself.
         key = np.array([seed % 2**64, int.from_bytes(name, "little")], dtype=np.uint64)

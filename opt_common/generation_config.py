@@ -14,7 +14,13 @@ from opt_common.constraints import Constraint, DisjunctiveConstraint, PhrasalCon
 from opt_common.errors import GenerationError, join_problems
 from opt_common.json_file import UnreadableError, read_json
 from opt_common.native_files import home_of
-from opt_common.strategies import conflicting_settings, strategy_of, useless_settings
+from opt_common.strategies import (
+    BEAM_STRATEGIES,
+    TOKEN_BY_TOKEN,
+    conflicting_settings,
+    strategy_of,
+    useless_settings,
+)
 from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
@@ -36,6 +42,9 @@ class GenerationConfig:
         eos_token_id: ids that end a row: one, several or none.
         pad_token_id: what a finished row emits; None means the first of `eos_token_id`.
         bos_token_id: id in front of every text.
+        stop_strings: one or several texts, each of which ends a row that it occurs in, wherever its tokens begin. The
+            token that completes it is a row's last one. `generate` then needs the tokenizer.
+        max_time: seconds after which every row ends, at the earliest after its first token.
 
     How tokens are chosen:
 
@@ -102,6 +111,8 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
     bos_token_id: int | None = None
+    stop_strings: tuple[str, ...] = ()
+    max_time: float | None = None
     do_sample: bool = False
     seed: int | None = None
     num_return_sequences: int = 1
@@ -166,6 +177,16 @@ class GenerationConfig:
     def all_constraints(self) -> tuple[Constraint, ...]:
         """What the new tokens must contain, however it was said."""
         return (*self.constraints, *map(DisjunctiveConstraint, self.force_words_ids))
+
+    @property
+    def streams(self) -> bool:
+        """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
+        return self.strategy in TOKEN_BY_TOKEN
+
+    @property
+    def copies(self) -> int:
+        """How many rows each prompt begins with: one a continuation, but one alone where beams branch off it."""
+        return 1 if self.strategy in BEAM_STRATEGIES else self.num_return_sequences
 
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
@@ -321,6 +342,13 @@ def _constraints(value: Any) -> tuple[Constraint, ...]:
     return constraints
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    several: tuple[Any, ...] = (value,) if isinstance(value, str) else tuple(value or ())
+    if not all(isinstance(text, str) and text for text in several):
+        raise ValueError
+    return several
+
+
 def _decay(value: Any) -> tuple[int, float]:
     start, factor = value
     return _id(start), _number(0, math.inf, open_below=True)(factor)
@@ -342,6 +370,8 @@ _RULES = {
     "eos_token_id": _ID_LIST,
     "pad_token_id": _ONE_ID,
     "bos_token_id": _ONE_ID,
+    "stop_strings": _Rule("a text or a list of texts, none of them empty", _texts),
+    "max_time": _Rule("a number of seconds above 0", _number(0, math.inf, open_below=True)),
     "do_sample": _FLAG,
     "seed": _COUNT,
     "num_return_sequences": _POSITIVE,

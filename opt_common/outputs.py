@@ -110,7 +110,11 @@ class GenerateOutput(ModelOutput):
     """Result of `generate(..., return_dict_in_generate=True)`. R rows: each prompt's continuations follow each other.
 
     Attributes:
-        sequences: (R, T + new) ids: the prompts as they were given, then the new tokens.
+        sequences: (R, T + new) ids: the prompts as they were given, then the new tokens; those alone (R, new) where
+            the prompts were embeddings without ids.
+        past_key_values: the `KVCache` of everything that was read: the columns of `sequences` (behind the embeddings of
+            a prompt without ids) up to the last new token, which is not read. None with beams, with `use_cache=False`
+            and where a strategy's last step read other rows.
         token_logprobs: (R, new) log-probability of each new token where it was chosen, after all processors; 0 for
             padding. With beams, what each token adds to the sum that beams are ranked by.
         sequences_scores: (R,) with beams: that sum over the number of new tokens to the power of `length_penalty`.
@@ -120,6 +124,7 @@ class GenerateOutput(ModelOutput):
     """
 
     sequences: Any
+    past_key_values: Any = None
     token_logprobs: Any = None
     sequences_scores: Any = None
     beam_indices: Any = None

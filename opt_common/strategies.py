@@ -20,9 +20,14 @@ STRATEGIES = {
 BEAM_STRATEGIES = frozenset(name for name in STRATEGIES if "beam" in name)
 """Strategies that keep several continuations of each prompt."""
 
-
 SAMPLING_STRATEGIES = frozenset({"sample", "beam_sample"})
 """Strategies that draw."""
+
+TOKEN_BY_TOKEN = ("greedy_search", "sample")
+"""Strategies that append tokens and take none back, so that a text can be shown as it grows."""
+
+KEEPS_CACHE = TOKEN_BY_TOKEN
+"""Strategies whose last step has read the very rows that come back."""
 
 
 def strategy_of(settings: "GenerationConfig") -> str:

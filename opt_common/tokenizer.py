@@ -56,6 +56,13 @@ _CLEAN_UP = (
 )
 
 
+def clean_up(text: str) -> str:
+    """A text without the spaces in front of punctuation."""
+    for old, new in _CLEAN_UP:
+        text = text.replace(old, new)
+    return text
+
+
 class _SpecialToken:
     """A special token of a tokenizer: its text, or None. Only a token that the vocabulary has can be set."""
 
@@ -277,7 +284,7 @@ class OPTTokenizer:
         tokens = [self.engine.id_to_token(token_id) for token_id in found.ids]
         if found.is_one:
             return tokens[0]
-        special = self._skipped() if skip_special_tokens else frozenset[int]()
+        special = self.skipped_ids() if skip_special_tokens else frozenset[int]()
         return [token for token, token_id in zip(tokens, found.ids, strict=True) if token_id not in special]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
@@ -396,10 +403,7 @@ class OPTTokenizer:
         text = self.engine.decode(as_ids(token_ids).ids, skip_special_tokens=skip_special_tokens)
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
-        if clean_up_tokenization_spaces:
-            for old, new in _CLEAN_UP:
-                text = text.replace(old, new)
-        return text
+        return clean_up(text) if clean_up_tokenization_spaces else text
 
     def batch_decode(
         self,
@@ -505,10 +509,10 @@ class OPTTokenizer:
         token_id = self.engine.token_to_id(token)
         if token_id is None:
             raise TokenizerError(f"{name} is {token!r}, which is no token of this vocabulary. Choose one that is.")
-        if token_id not in self._skipped():
+        if token_id not in self.skipped_ids():
             add_token(self.engine, AddedToken(token, special=True))
 
-    def _skipped(self) -> frozenset[int]:
+    def skipped_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` skips."""
         added = self.engine.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)

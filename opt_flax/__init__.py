@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from opt_flax.cache import KVCache
     from opt_flax.heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
     from opt_flax.modeling import FlaxOPTForCausalLM, FlaxOPTModel
+    from opt_flax.optimizer import load_optimizer, save_optimizer
 
 __all__ = [
     "FlaxOPTForCausalLM",
@@ -17,6 +18,8 @@ __all__ = [
     "FlaxOPTModel",
     "KVCache",
     "OPTConfig",
+    "load_optimizer",
+    "save_optimizer",
 ]
 
 __getattr__ = lazy_exports(
@@ -27,6 +30,8 @@ __getattr__ = lazy_exports(
         "FlaxOPTForQuestionAnswering": "heads",
         "FlaxOPTForSequenceClassification": "heads",
         "FlaxOPTModel": "modeling",
+        "load_optimizer": "optimizer",
+        "save_optimizer": "optimizer",
     },
     framework="JAX and Flax",
     modules=("jax", "flax"),

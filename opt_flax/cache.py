@@ -82,6 +82,14 @@ class KVCache:
         keys, values = (tuple(buffer_BSNH[rows_B] for buffer_BSNH in part) for part in (self.keys, self.values))
         return dataclasses.replace(self, keys=keys, values=values)
 
+    def gathered(self, slots_BS: Array, length: int) -> Self:
+        """A cache of `length` tokens: in each slot what this one has in the slot that `slots_BS` names, (B, S)."""
+        rows_B1 = jnp.arange(len(slots_BS))[:, None]
+        keys, values = (
+            tuple(buffer_BSNH[rows_B1, slots_BS] for buffer_BSNH in part) for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values, length=length)
+
     def cropped(self, length: int | Array) -> Self:
         """The cache as it was when it held its first `length` tokens."""
         return dataclasses.replace(self, length=length)

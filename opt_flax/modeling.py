@@ -12,6 +12,7 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +28,11 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_flax.cache import KVCache, append
 from opt_flax.checkpoint import Pretrained
-from opt_flax.generation import generate
+from opt_flax.generation import generate, generate_text, stream
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_flax.lora import Adaptable
 from opt_flax.quantized import Int8Embedding
@@ -433,10 +435,18 @@ class FlaxOPTForCausalLM(Adaptable, Trainable, Pretrained, nnx.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(
-        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None, **settings: Any
+        self, input_ids: ArrayLike | None = None, attention_mask: ArrayLike | None = None, **options: Any
     ) -> Array | GenerateOutput:
         """Continue each prompt; see `opt_flax.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_flax.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_flax.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
 
     @property
     def training(self) -> bool:

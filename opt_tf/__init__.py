@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from opt_tf.cache import KVCache
     from opt_tf.heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
     from opt_tf.modeling import TFOPTForCausalLM, TFOPTModel
+    from opt_tf.optimizer import load_optimizer, save_optimizer
 
 __all__ = [
     "KVCache",
@@ -17,6 +18,8 @@ __all__ = [
     "TFOPTForQuestionAnswering",
     "TFOPTForSequenceClassification",
     "TFOPTModel",
+    "load_optimizer",
+    "save_optimizer",
 ]
 
 __getattr__ = lazy_exports(
@@ -27,6 +30,8 @@ __getattr__ = lazy_exports(
         "TFOPTForQuestionAnswering": "heads",
         "TFOPTForSequenceClassification": "heads",
         "TFOPTModel": "modeling",
+        "load_optimizer": "optimizer",
+        "save_optimizer": "optimizer",
     },
     framework="TensorFlow and Keras 3",
     modules=("tensorflow", "keras"),

@@ -84,6 +84,14 @@ class KVCache:
         )
         return dataclasses.replace(self, keys=keys, values=values)
 
+    def gathered(self, slots_BS: tf.Tensor, length: int) -> Self:
+        """A cache of `length` tokens: in each slot what this one has in the slot that `slots_BS` names, (B, S)."""
+        keys, values = (
+            tuple(tf.gather(buffer_BSNH, slots_BS, axis=1, batch_dims=1) for buffer_BSNH in part)
+            for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values, length=length)
+
     def cropped(self, length: int | tf.Tensor) -> Self:
         """The cache as it was when it held its first `length` tokens."""
         return dataclasses.replace(self, length=length)

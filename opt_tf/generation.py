@@ -1,17 +1,21 @@
 """Text generation in TensorFlow: the decoder that `opt_common.generation` drives."""
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt, Selection
-from opt_common.generation import bucket, read_prompt, run
+from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Program, program
+from opt_common.stopping import Criterion, read_stopping
+from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
+from opt_common.tokenizer import OPTTokenizer
 from opt_tf.cache import KVCache
 from opt_tf.processors import History
 from opt_tf.selection import Step, select
@@ -22,43 +26,155 @@ if TYPE_CHECKING:
 
 def generate(
     model: "TFOPTForCausalLM",
-    input_ids: Any,
+    input_ids: Any = None,
     attention_mask: Any = None,
     logits_processor: Sequence[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = (),
+    stopping_criteria: Criterion | Iterable[Criterion] | None = None,
+    *,
+    inputs_embeds: Any = None,
+    past_key_values: KVCache | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: Streamer | None = None,
+    tokenizer: OPTTokenizer | None = None,
     **settings: Any,
 ) -> tf.Tensor | GenerateOutput:
     """Continue each prompt, by default with its likeliest tokens.
 
     Args:
         model: the language model.
-        input_ids: (B, T) integers.
+        input_ids: (B, T) integers; may be left out beside `inputs_embeds`.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
         logits_processor: functions of (input_ids (B, S), scores (B, V)) that return new scores, as arrays of the
             framework; see `docs/generation.md`.
+        stopping_criteria: functions of ids (B, T), padded on the left, that return True or False for all rows, or (B,).
+        inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
+        past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
+            `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        generation_config: settings in place of `model.generation_config`.
+        streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
+        tokenizer: the model's, which `stop_strings` needs.
         settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
-            of `model.generation_config`.
+            of the configuration.
 
     Returns:
         (B * num_return_sequences, T + new) ids: the prompts as they were given, then the new tokens, finished rows
-        filled with the pad token. With `return_dict_in_generate`, a `GenerateOutput`.
+        filled with the pad token; of embeddings without ids, the new tokens alone. With `return_dict_in_generate`, a
+        `GenerateOutput`.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
-        GenerationError: for a setting that cannot be or changes nothing, a continuation with no room, or a row for
-            which the settings rule out every token.
+        GenerationError: for a setting that cannot be or changes nothing, a continuation with no room, a cache of
+            another text, or a row for which the settings rule out every token.
     """
-    options = model.generation_config.updated(**settings)
-    host_mask = None if attention_mask is None else np.asarray(attention_mask)
-    prompt = read_prompt(model.config, options, np.asarray(input_ids), host_mask, functions=logits_processor)
-    generated = run(Decoder(model, prompt), prompt, options)
-    return results(input_ids, generated, options)
+    options, prompt = prepare(
+        model,
+        input_ids,
+        attention_mask,
+        logits_processor,
+        stopping_criteria,
+        inputs_embeds=inputs_embeds,
+        past_key_values=past_key_values,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
+        **settings,
+    )
+    check_streamer(streamer, options)
+    decoder = Decoder(model, prompt)
+    generated = run(decoder, prompt, options, streamer)
+    return results(decoder, input_ids, generated, options)
 
 
-def results(input_ids: Any, generated: Generated, options: GenerationConfig) -> tf.Tensor | GenerateOutput:
+def stream(model: "TFOPTForCausalLM", text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+    """Continue one text, and yield what is new as it is produced, in whole characters.
+
+    Args:
+        model: the language model.
+        text: the prompt.
+        tokenizer: the model's.
+        options: as for `generate`. With `stop_strings`, the text ends right before the first of them.
+
+    Raises:
+        InputError: as `generate`.
+        GenerationError: as `generate`, and for a strategy whose text is certain only at its end.
+    """
+    inputs = tokenizer([text], return_tensors="tf")
+    settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
+    check_streamer(tokenizer, settings)
+    steps = token_steps(Decoder(model, prompt), prompt, settings)
+    return text_pieces(steps, contextlib.nullcontext, new_text(tokenizer, prompt.input_ids[0], settings))
+
+
+def generate_text(
+    model: "TFOPTForCausalLM", text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any
+) -> str | list[str]:
+    """Continue one text or several, and return what is new: what `stream` yields, joined.
+
+    Args:
+        model: the language model.
+        text: the prompt, or a list of them.
+        tokenizer: the model's.
+        options: as for `generate`. With `stop_strings`, a text ends right before the first of them.
+
+    Returns:
+        The new text; a list of them, `num_return_sequences` of each prompt in turn, for a list of prompts or several
+        texts of one.
+
+    Raises:
+        InputError: as `generate`.
+        GenerationError: as `generate`.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="tf")
+    settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
+    generated = run(Decoder(model, prompt), prompt, settings)
+    found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
+    return found[0] if isinstance(text, str) and len(found) == 1 else found
+
+
+def prepare(
+    model: "TFOPTForCausalLM",
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    logits_processor: Sequence[Callable[[tf.Tensor, tf.Tensor], tf.Tensor]] = (),
+    stopping_criteria: Criterion | Iterable[Criterion] | None = None,
+    *,
+    inputs_embeds: Any = None,
+    past_key_values: KVCache | None = None,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: OPTTokenizer | None = None,
+    **settings: Any,
+) -> tuple[GenerationConfig, Prompt]:
+    """The settings in force and the prompts; arguments are those of `generate`."""
+    options = (generation_config or model.generation_config).updated(**settings)
+    prompt = read_prompt(
+        model.config,
+        options,
+        to_host(input_ids),
+        to_host(attention_mask),
+        functions=logits_processor,
+        inputs_embeds=to_host(inputs_embeds),
+        past_key_values=past_key_values,
+        stopping=read_stopping(options, tokenizer, stopping_criteria, tf.convert_to_tensor),
+    )
+    return options, prompt
+
+
+def to_host(array: Any) -> np.ndarray | None:
+    """An array in NumPy."""
+    return None if array is None else np.asarray(array)
+
+
+def results(
+    decoder: "Decoder", input_ids: Any, generated: Generated, options: GenerationConfig
+) -> tf.Tensor | GenerateOutput:
     """What `generate` returns, in the framework's arrays."""
-    input_ids = tf.repeat(input_ids, options.num_return_sequences, axis=0)
-    sequences = tf.concat((input_ids, tf.cast(generated.new_ids, input_ids.dtype)), axis=1)
-    return generated.output(sequences, tf.constant) if options.return_dict_in_generate else sequences
+    sequences = tf.convert_to_tensor(generated.after(to_host(input_ids)))
+    past_key_values = decoder.past() if returns_cache(options) else None
+    return (
+        generated.output(sequences, tf.convert_to_tensor, past_key_values)
+        if options.return_dict_in_generate
+        else sequences
+    )
 
 
 class Decoder:
@@ -70,22 +186,43 @@ class Decoder:
 
     def __init__(self, model: "TFOPTForCausalLM", prompt: Prompt) -> None:
         self.model = model
-        self.new_tokens = prompt.new_tokens
+        self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = tuple(tuple(map(tf.constant, processor.arguments)) for processor in prompt.processors)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
         B, T = input_ids_BT.shape
-        padding = bucket(T) - T
-        capacity = bucket(bucket(T) + self.new_tokens)
-        self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.compute_dtype)
-        mask_BS = np.ones((B, capacity), dtype=np.int32)
-        mask_BS[:, :padding] = 0
-        mask_BS[:, padding : padding + T] = attention_mask_BT
-        self.mask_BS = tf.convert_to_tensor(mask_BS)
-        self.tokens_BS = tf.zeros_like(self.mask_BS)
-        return self.step(np.pad(input_ids_BT, ((0, 0), (padding, 0))), choice)
+        past = self.prompt.past
+        start = self.prompt.past_length
+        self.padding = bucket(T - start) - (T - start)
+        first = start + self.padding
+        capacity = bucket(start + bucket(T - start) + self.prompt.new_tokens)
+        if past is None:
+            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.compute_dtype)
+        else:
+            self.cache = (
+                past.cache.reordered(tf.constant(past.rows_B, tf.int32)).cropped(start).with_room(capacity - start)
+            )
+        mask_BS = np.ones((B, self.cache.capacity), dtype=np.int32)
+        mask_BS[:, :start] = attention_mask_BT[:, :start]
+        mask_BS[:, start:first] = 0
+        mask_BS[:, first : self.padding + T] = attention_mask_BT[:, start:]
+        tokens_BS = np.zeros_like(mask_BS)
+        tokens_BS[:, :start] = input_ids_BT[:, :start]
+        self.mask_BS, self.tokens_BS = tf.convert_to_tensor(mask_BS), tf.convert_to_tensor(tokens_BS)
+        self.text_start = 0 if self.prompt.has_ids else self.padding + T
+        embeds_BTE = None if self.prompt.inputs_embeds is None else self.prompt.inputs_embeds[:, start:]
+        if embeds_BTE is not None:
+            embeds_BTE = np.pad(embeds_BTE, ((0, 0), (self.padding, 0), (0, 0)))
+        return self.step(np.pad(input_ids_BT[:, start:], ((0, 0), (self.padding, 0))), choice, embeds_BTE)
+
+    def past(self) -> KVCache:
+        """The cache of what was read, in the order in which the prompts were given."""
+        assert self.prompt.order is not None
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
+        length = int(self.cache.length) - self.padding
+        return self.cache if slots_BS is None else self.cache.gathered(tf.convert_to_tensor(slots_BS), length)
 
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
@@ -95,8 +232,8 @@ class Decoder:
         """Drop the last `count` tokens of every row, as if they had not been read."""
         self.cache = self.cache.cropped(self.cache.length - count)
 
-    def step(self, ids_BT: Ids, choice: Choice) -> Arrays:
-        """Read tokens and select what follows the last."""
+    def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
+        """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
         rows_B = None if choice.rows_B is None else tf.constant(choice.rows_B, tf.int32)
         found, keys, values, self.tokens_BS, self.mask_BS = _compiled_step(self.model)(
@@ -108,7 +245,9 @@ class Decoder:
             self.tokens_BS,
             self.mask_BS,
             tf.convert_to_tensor(ids_BT, tf.int32),
+            None if embeds_BTE is None else tf.convert_to_tensor(embeds_BTE, self.model.compute_dtype),
             rows_B,
+            tf.constant(self.text_start, tf.int32),
             self.arguments,
             tf.constant(choice.gates_P),
             tuple(map(tf.constant, choice.arguments)),
@@ -142,7 +281,9 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         tokens_BS: tf.Tensor,
         mask_BS: tf.Tensor,
         ids_BT: tf.Tensor,
+        embeds_BTE: tf.Tensor | None,
         rows_B: tf.Tensor | None,
+        text_start: tf.Tensor,
         arguments: tuple[tuple[tf.Tensor, ...], ...],
         gates_P: tf.Tensor,
         choice_arguments: tuple[tf.Tensor, ...],
@@ -153,14 +294,16 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         if rows_B is not None:
             cache = cache.reordered(rows_B)
             tokens_BS, mask_BS = tf.gather(tokens_BS, rows_B), tf.gather(mask_BS, rows_B)
-        outputs = model.model.decoder(ids_BT, attention_mask=mask_BS, past_key_values=cache, use_cache=True)
+        outputs = model.model.decoder(
+            ids_BT, attention_mask=mask_BS, inputs_embeds=embeds_BTE, past_key_values=cache, use_cache=True
+        )
         present = outputs.past_key_values
         slots_S = tf.range(mask_BS.shape[1])
         # Gathered: XLA would compile a slice anew for each offset.
         given_BS = tf.gather(ids_BT, tf.clip_by_value(slots_S - length, 0, tf.shape(ids_BT)[1] - 1), axis=1)
         new_S = (slots_S >= length) & (slots_S < present.length)
         tokens_BS = tf.where(new_S, given_BS, tokens_BS)
-        attended_BS = (mask_BS > 0) & (slots_S < present.length)
+        attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < present.length)
         history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=present.length)
         logits_BV = model.logits(outputs.last_hidden_state[:, -1])
         step = Step(

@@ -17,7 +17,7 @@ S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_d
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,10 +30,11 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
-from opt_tf.generation import generate
+from opt_tf.generation import generate, generate_text, stream
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
 from opt_tf.lora import Adaptable
 from opt_tf.quantized import Int8Embedding
@@ -515,11 +516,17 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
             return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
         return self.lm_head(hidden_BTE)
 
-    def generate(
-        self, input_ids: Any, attention_mask: Any | None = None, **settings: Any
-    ) -> tf.Tensor | GenerateOutput:
+    def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> tf.Tensor | GenerateOutput:
         """Continue each prompt; see `opt_tf.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_tf.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_tf.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
 
     def get_input_embeddings(self) -> keras.layers.Embedding | Int8Embedding:
         """The token table."""

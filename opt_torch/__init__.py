@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from opt_torch.cache import KVCache
     from opt_torch.heads import OPTForQuestionAnswering, OPTForSequenceClassification
     from opt_torch.modeling import OPTForCausalLM, OPTModel
+    from opt_torch.optimizer import load_optimizer, save_optimizer
 
 __all__ = [
     "KVCache",
@@ -17,6 +18,8 @@ __all__ = [
     "OPTForQuestionAnswering",
     "OPTForSequenceClassification",
     "OPTModel",
+    "load_optimizer",
+    "save_optimizer",
 ]
 
 __getattr__ = lazy_exports(
@@ -27,6 +30,8 @@ __getattr__ = lazy_exports(
         "OPTForQuestionAnswering": "heads",
         "OPTForSequenceClassification": "heads",
         "OPTModel": "modeling",
+        "load_optimizer": "optimizer",
+        "save_optimizer": "optimizer",
     },
     framework="PyTorch",
     modules=("torch",),

@@ -85,6 +85,14 @@ class KVCache:
         )
         return dataclasses.replace(self, keys=keys, values=values, written=[self.length])
 
+    def gathered(self, slots_BS: Tensor, length: int) -> Self:
+        """A cache of `length` tokens: in each slot what this one has in the slot that `slots_BS` names, (B, S)."""
+        rows_B1 = torch.arange(len(slots_BS), device=slots_BS.device)[:, None]
+        keys, values = (
+            tuple(buffer_BSNH[rows_B1, slots_BS] for buffer_BSNH in part) for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values, length=length, written=[length])
+
     def cropped(self, length: int) -> Self:
         """The cache as it was when it held its first `length` tokens."""
         return dataclasses.replace(self, length=length)

@@ -1,7 +1,8 @@
 """Text generation in PyTorch: the decoder that `opt_common.generation` drives."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt
-from opt_common.generation import read_prompt, run
+from opt_common.generation import check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import program
+from opt_common.stopping import Criterion, read_stopping
+from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
+from opt_common.tokenizer import OPTTokenizer
 from opt_torch.cache import KVCache
 from opt_torch.processors import History
 from opt_torch.selection import Step, select
@@ -21,55 +25,176 @@ if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
 
 
-@torch.no_grad()  # not inference_mode: what comes out of that can go into no call that tracks gradients
 def generate(
     model: "OPTForCausalLM",
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    stopping_criteria: Criterion | Iterable[Criterion] | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: KVCache | None = None,
+    generation_config: GenerationConfig | None = None,
+    streamer: Streamer | None = None,
+    tokenizer: OPTTokenizer | None = None,
     **settings: Any,
 ) -> Tensor | GenerateOutput:
     """Continue each prompt, by default with its likeliest tokens.
 
     Args:
         model: the language model; dropout is off whatever mode it is in.
-        input_ids: (B, T) integers.
+        input_ids: (B, T) integers; may be left out beside `inputs_embeds`.
         attention_mask: (B, T), 1 for a token and 0 for padding, on either side or in between; None means no padding.
         logits_processor: functions of (input_ids (B, S), scores (B, V)) that return new scores, as arrays of the
             framework; see `docs/generation.md`.
+        stopping_criteria: functions of ids (B, T), padded on the left, that return True or False for all rows, or (B,).
+        inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
+        past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
+            `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        generation_config: settings in place of `model.generation_config`.
+        streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
+        tokenizer: the model's, which `stop_strings` needs.
         settings: fields of `opt_common.GenerationConfig`, such as `max_new_tokens` or `do_sample`, in place of those
-            of `model.generation_config`.
+            of the configuration.
 
     Returns:
         (B * num_return_sequences, T + new) ids: the prompts as they were given, then the new tokens, finished rows
-        filled with the pad token. With `return_dict_in_generate`, a `GenerateOutput`.
+        filled with the pad token; of embeddings without ids, the new tokens alone. With `return_dict_in_generate`, a
+        `GenerateOutput`.
 
     Raises:
         InputError: for ids out of range, an empty prompt or a mask that does not fit.
-        GenerationError: for a setting that cannot be or changes nothing, a continuation with no room, or a row for
-            which the settings rule out every token.
+        GenerationError: for a setting that cannot be or changes nothing, a continuation with no room, a cache of
+            another text, or a row for which the settings rule out every token.
     """
-    options = model.generation_config.updated(**settings)
-    host_mask = None if attention_mask is None else attention_mask.cpu().numpy()
-    prompt = read_prompt(model.config, options, input_ids.cpu().numpy(), host_mask, functions=logits_processor)
+    options, prompt = prepare(
+        model,
+        input_ids,
+        attention_mask,
+        logits_processor,
+        stopping_criteria,
+        inputs_embeds=inputs_embeds,
+        past_key_values=past_key_values,
+        generation_config=generation_config,
+        tokenizer=tokenizer,
+        **settings,
+    )
+    check_streamer(streamer, options)
+    with evaluating(model):
+        decoder = Decoder(model, prompt)
+        generated = run(decoder, prompt, options, streamer)
+    return results(decoder, input_ids, generated, options)
+
+
+def stream(model: "OPTForCausalLM", text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+    """Continue one text, and yield what is new as it is produced, in whole characters.
+
+    Args:
+        model: the language model; between two pieces it is in the mode it was in.
+        text: the prompt.
+        tokenizer: the model's.
+        options: as for `generate`. With `stop_strings`, the text ends right before the first of them.
+
+    Raises:
+        InputError: as `generate`.
+        GenerationError: as `generate`, and for a strategy whose text is certain only at its end.
+    """
+    inputs = tokenizer([text], return_tensors="pt")
+    settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
+    check_streamer(tokenizer, settings)
+    steps = token_steps(Decoder(model, prompt), prompt, settings)
+    return text_pieces(steps, lambda: evaluating(model), new_text(tokenizer, prompt.input_ids[0], settings))
+
+
+def generate_text(
+    model: "OPTForCausalLM", text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any
+) -> str | list[str]:
+    """Continue one text or several, and return what is new: what `stream` yields, joined.
+
+    Args:
+        model: the language model; dropout is off whatever mode it is in.
+        text: the prompt, or a list of them.
+        tokenizer: the model's.
+        options: as for `generate`. With `stop_strings`, a text ends right before the first of them.
+
+    Returns:
+        The new text; a list of them, `num_return_sequences` of each prompt in turn, for a list of prompts or several
+        texts of one.
+
+    Raises:
+        InputError: as `generate`.
+        GenerationError: as `generate`.
+    """
+    texts = [text] if isinstance(text, str) else list(text)
+    inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
+    with evaluating(model):
+        generated = run(Decoder(model, prompt), prompt, settings)
+    found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
+    return found[0] if isinstance(text, str) and len(found) == 1 else found
+
+
+def prepare(
+    model: "OPTForCausalLM",
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    logits_processor: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+    stopping_criteria: Criterion | Iterable[Criterion] | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: KVCache | None = None,
+    generation_config: GenerationConfig | None = None,
+    tokenizer: OPTTokenizer | None = None,
+    **settings: Any,
+) -> tuple[GenerationConfig, Prompt]:
+    """The settings in force and the prompts; arguments are those of `generate`."""
+    options = (generation_config or model.generation_config).updated(**settings)
+    prompt = read_prompt(
+        model.config,
+        options,
+        to_host(input_ids),
+        to_host(attention_mask),
+        functions=logits_processor,
+        inputs_embeds=to_host(inputs_embeds),
+        past_key_values=past_key_values,
+        stopping=read_stopping(options, tokenizer, stopping_criteria, torch.from_numpy),
+    )
+    return options, prompt
+
+
+@contextlib.contextmanager
+def evaluating(model: "OPTForCausalLM") -> Iterator[None]:
+    """Where nothing is dropped out; the model's mode is restored afterwards, whatever happens."""
     training = model.training
     model.eval()
     try:
-        generated = run(Decoder(model, prompt), prompt, options)
+        with torch.no_grad():  # not inference_mode: what comes out of that can go into no call that tracks gradients
+            yield
     finally:
         model.train(training)
-    return results(input_ids, generated, options)
 
 
-def results(input_ids: Tensor, generated: Generated, options: GenerationConfig) -> Tensor | GenerateOutput:
+def to_host(array: Tensor | None) -> np.ndarray | None:
+    """An array in NumPy; bfloat16, which it lacks, as float32."""
+    if array is None:
+        return None
+    array = array.detach().cpu()
+    return array.float().numpy() if array.dtype == torch.bfloat16 else array.numpy()
+
+
+def results(
+    decoder: "Decoder", input_ids: Tensor | None, generated: Generated, options: GenerationConfig
+) -> Tensor | GenerateOutput:
     """What `generate` returns, in the framework's arrays and on the device of the prompts."""
 
     def array(value: np.ndarray) -> Tensor:
-        return torch.from_numpy(value).to(input_ids.device)
+        return torch.from_numpy(value).to(decoder.device if input_ids is None else input_ids.device)
 
-    input_ids = input_ids.repeat_interleave(options.num_return_sequences, dim=0)
-    sequences = torch.cat((input_ids, array(generated.new_ids).to(input_ids)), dim=1)
-    return generated.output(sequences, array) if options.return_dict_in_generate else sequences
+    sequences = array(generated.after(to_host(input_ids)))
+    past_key_values = decoder.past() if returns_cache(options) else None
+    if not options.return_dict_in_generate:
+        return sequences
+    return generated.output(sequences, array, past_key_values)
 
 
 class Decoder:
@@ -77,7 +202,7 @@ class Decoder:
 
     def __init__(self, model: "OPTForCausalLM", prompt: Prompt) -> None:
         self.model = model
-        self.new_tokens = prompt.new_tokens
+        self.prompt = prompt
         self.program = program(prompt.processors)
         self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
@@ -89,19 +214,30 @@ class Decoder:
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
         B, T = input_ids_BT.shape
-        self.cache = KVCache.allocate(
-            self.model.config,
-            B,
-            T + self.new_tokens,
-            dtype=self.model.dtype,
-            device=self.device,
-        )
-        mask_BS = torch.ones((B, self.cache.capacity), dtype=torch.long)
-        mask_BS[:, :T] = torch.from_numpy(attention_mask_BT)
-        self.mask_BS = mask_BS.to(self.device)
+        past = self.prompt.past
+        start = self.prompt.past_length
+        capacity = T + self.prompt.new_tokens
+        if past is None:
+            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype, device=self.device)
+        else:
+            rows_B = self.on_device(past.rows_B)
+            self.cache = past.cache.reordered(rows_B).cropped(start).with_room(capacity - start)
+        mask_BS = np.ones((B, self.cache.capacity), dtype=np.int64)
+        mask_BS[:, :T] = attention_mask_BT
+        tokens_BS = np.zeros_like(mask_BS)
+        tokens_BS[:, :start] = input_ids_BT[:, :start]
+        self.mask_BS, self.tokens_BS = self.on_device(mask_BS), self.on_device(tokens_BS)
         self.padded = not attention_mask_BT.all()
-        self.tokens_BS = torch.zeros_like(self.mask_BS)
-        return self.step(input_ids_BT, choice)
+        self.text_start = 0 if self.prompt.has_ids else T
+        embeds_BTE = None if self.prompt.inputs_embeds is None else self.prompt.inputs_embeds[:, start:]
+        return self.step(input_ids_BT[:, start:], choice, embeds_BTE)
+
+    def past(self) -> KVCache:
+        """The cache of what was read, in the order in which the prompts were given."""
+        assert self.prompt.order is not None
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, 0, self.cache.capacity)
+        length = self.cache.length
+        return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), length)
 
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
@@ -117,19 +253,24 @@ class Decoder:
         # Nobody else holds these buffers, so their slots may be written again.
         self.cache = dataclasses.replace(self.cache.cropped(length), written=[length])
 
-    def step(self, ids_BT: Ids, choice: Choice) -> Arrays:
-        """Read tokens and select what follows the last."""
+    def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
+        """Read tokens, or embeddings in their place, and select what follows the last."""
         ids_device_BT = self.on_device(ids_BT)
+        embeds_device_BTE = None if embeds_BTE is None else self.on_device(embeds_BTE).to(self.model.dtype)
         # Without padding there is no mask, and the kernels take their fast causal path.
         mask_BS = self.mask_BS if self.padded else None
         outputs = self.model.model.decoder(
-            ids_device_BT, attention_mask=mask_BS, past_key_values=self.cache, use_cache=True
+            ids_device_BT,
+            attention_mask=mask_BS,
+            inputs_embeds=embeds_device_BTE,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         self.tokens_BS[:, self.cache.length : self.cache.length + ids_BT.shape[1]] = ids_device_BT
         self.cache = outputs.past_key_values
         length = self.cache.length
         slots_S = torch.arange(self.cache.capacity, device=self.device)
-        attended_BS = (self.mask_BS > 0) & (slots_S < length)
+        attended_BS = (self.mask_BS > 0) & (slots_S >= self.text_start) & (slots_S < length)
         history = History(tokens_BS=self.tokens_BS, attended_BS=attended_BS, length=length)
         logits_BV = self.model.logits(outputs.last_hidden_state[:, -1])
         step = Step(

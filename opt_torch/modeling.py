@@ -12,7 +12,7 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from opt_common.generation import GenerationConfig
 from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
+from opt_common.tokenizer import OPTTokenizer
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache, append
 from opt_torch.checkpoint import Pretrained
-from opt_torch.generation import generate
+from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_torch.lora import Adaptable
 from opt_torch.quantized import Int8Embedding
@@ -412,10 +413,18 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         return self.lm_head(hidden_BTE)
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings: Any
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any
     ) -> Tensor | GenerateOutput:
         """Continue each prompt; see `opt_torch.generation.generate`."""
-        return generate(self, input_ids, attention_mask, **settings)
+        return generate(self, input_ids, attention_mask, **options)
+
+    def stream(self, text: str, tokenizer: OPTTokenizer, **options: Any) -> Iterator[str]:
+        """Continue one text, piece by piece; see `opt_torch.generation.stream`."""
+        return stream(self, text, tokenizer, **options)
+
+    def generate_text(self, text: str | Sequence[str], tokenizer: OPTTokenizer, **options: Any) -> str | list[str]:
+        """Continue texts; see `opt_torch.generation.generate_text`."""
+        return generate_text(self, text, tokenizer, **options)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **arguments: Any) -> dict[str, Any]:
         """The arguments of a call on these ids. PEFT wants to see this method; our own `generate` doesn't use it."""

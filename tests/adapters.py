@@ -172,10 +172,15 @@ class Adapter:
     def train(
         self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
     ) -> list[np.ndarray]:
-        """A step of AdamW on each batch, with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay`.
+        """A step of a new AdamW on each batch; see `adamw` and `steps`."""
+        return self.steps(model, self.adamw(model, settings), batches)
 
-        Returns the losses; the model is left in evaluation.
-        """
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
+        """An optimizer with `learning_rate`, `beta_1`, `beta_2`, `epsilon` and `weight_decay` of what trains."""
+        raise NotImplementedError
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        """A step of the optimizer on each batch. Returns the losses; the model is left in evaluation."""
         raise NotImplementedError
 
     def largest_array(self, model: Any, **arguments: Any) -> int:
@@ -190,7 +195,8 @@ class Adapter:
         """Continue prompts."""
         with self.scope(model):
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
-            return self.array(model.generate(self.tensor(np.asarray(input_ids)), mask, **options))
+            ids = None if input_ids is None else self.tensor(np.asarray(input_ids))
+            return self.array(model.generate(ids, mask, **options))
 
     def generate_output(self, model: Any, input_ids: Any, attention_mask: Any = None, **options: Any) -> Any:
         """Continue prompts, and get the whole record, in NumPy."""
@@ -198,11 +204,13 @@ class Adapter:
             mask = None if attention_mask is None else self.tensor(np.asarray(attention_mask))
             record = model.generate(self.tensor(np.asarray(input_ids)), mask, return_dict_in_generate=True, **options)
             values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+            cache = values.pop("past_key_values")
             return type(record)(
+                past_key_values=cache,
                 **{
                     name: tuple(map(self.array, value)) if isinstance(value, tuple) else self.optional_array(value)
                     for name, value in values.items()
-                }
+                },
             )
 
     def optional_array(self, value: Any) -> np.ndarray | None:
@@ -217,6 +225,10 @@ class Adapter:
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         """Where what would be compiled runs as it is written: slower, but at once."""
         return contextlib.nullcontext()
+
+    def compilations(self) -> int:
+        """How many programs generation's steps have been compiled into so far."""
+        return 0
 
     def int8_product(self, inputs: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """`opt_common.quantization.int8_product`."""
@@ -377,16 +389,16 @@ class TorchAdapter(Adapter):
     def reseed(self, model: Any, seed: int) -> None:
         self.torch.manual_seed(seed)
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
-        optimizer = self.torch.optim.AdamW(
-            model.parameters(),
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
+        return self.torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=settings["learning_rate"],
             betas=(settings["beta_1"], settings["beta_2"]),
             eps=settings["epsilon"],
             weight_decay=settings["weight_decay"],
         )
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
         model.train()
         losses = []
         for batch in batches:
@@ -518,6 +530,10 @@ class TFAdapter(Adapter):
         finally:
             self.tf.config.run_functions_eagerly(False)
 
+    def compilations(self) -> int:
+        module = importlib.import_module("opt_tf.generation")
+        return sum(step.experimental_get_tracing_count() for step in module._STEPS.values())
+
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)
 
@@ -535,29 +551,28 @@ class TFAdapter(Adapter):
             if "seed" in variable.path:
                 variable.assign([seed, 0])
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
         import keras
 
-        # Keras rounds the learning rate to its own dtype, and TensorFlow Python's numbers, but not NumPy's, to float32.
+        from opt_tf.optimizer import AdamW
+
+        # Keras rounds the learning rate to its own dtype.
         keras.config.set_floatx(model.variable_dtype)
-        settings = {name: np.dtype(model.variable_dtype).type(value) for name, value in settings.items()}
-        settings["learning_rate"] = float(settings["learning_rate"])
         try:
-            optimizer = keras.optimizers.AdamW(**settings)
+            optimizer = AdamW(**settings)
             optimizer.build(model.trainable_variables)
-            losses = []
-            for step, batch in enumerate(batches):
-                # Keras adds epsilon before it corrects the bias of the second moment, the others after.
-                optimizer.epsilon = settings["epsilon"] * (1 - settings["beta_2"] ** (step + 1)) ** 0.5
-                with self.tf.GradientTape() as tape:
-                    loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
-                optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-                losses.append(self.array(loss))
-            return losses
+            return optimizer
         finally:
             keras.config.set_floatx("float32")
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        losses = []
+        for batch in batches:
+            with self.tf.GradientTape() as tape:
+                loss = model(**{name: self.tensor(value) for name, value in batch.items()}, training=True).loss
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+            losses.append(self.array(loss))
+        return losses
 
     def largest_array(self, model: Any, **arguments: Any) -> int:
         @self.tf.function(autograph=False)
@@ -635,6 +650,10 @@ class FlaxAdapter(Adapter):
     def uncompiled(self) -> contextlib.AbstractContextManager[Any]:
         return self.jax.disable_jit()
 
+    def compilations(self) -> int:
+        steps = vars(importlib.import_module("opt_flax.generation")).values()
+        return sum(step._cache_size() for step in steps if hasattr(step, "_cache_size"))
+
     def assign(self, variable: Any, value: np.ndarray) -> None:
         with self.precision(str(value.dtype)):
             variable[...] = self.jax.numpy.asarray(value, dtype=variable.dtype)
@@ -706,20 +725,23 @@ class FlaxAdapter(Adapter):
     def reseed(self, model: Any, seed: int) -> None:
         self.nnx.reseed(model, dropout=seed, default=seed)
 
-    def train(
-        self, model: Any, batches: Sequence[Mapping[str, np.ndarray]], settings: Mapping[str, float]
-    ) -> list[np.ndarray]:
+    def adamw(self, model: Any, settings: Mapping[str, float]) -> Any:
         import optax
 
         names = {"learning_rate": "learning_rate", "beta_1": "b1", "beta_2": "b2", "epsilon": "eps"}
         chain = optax.adamw(**{names.get(name, name): value for name, value in settings.items()})
         with self.scope(model):
-            optimizer = self.nnx.Optimizer(model, chain, wrt=self.nnx.Param)
+            return self.nnx.Optimizer(model, chain, wrt=self.nnx.LoRAParam if model.lora_config else self.nnx.Param)
+
+    def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
+        losses = []
+        with self.scope(model):
             model.train()
-            losses = []
             for batch in batches:
                 arguments = {name: self.tensor(value) for name, value in batch.items()}
                 loss, gradients = self.compiled_loss(model, arguments)
+                if model.lora_config:
+                    gradients = self.nnx.filter_state(gradients, self.nnx.LoRAParam)
                 optimizer.update(model, gradients)
                 losses.append(self.array(loss))
             model.eval()

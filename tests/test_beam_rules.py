@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opt_common import DisjunctiveConstraint, GenerationConfig, PhrasalConstraint
+from opt_common.beams import Beams, Candidates
 from opt_common.constraints import Progress
+from opt_common.decoding import Prompt
 from opt_common.errors import GenerationError
 from opt_common.processors import Processor, processors
 from opt_common.selection import best, drawn
+from opt_common.stopping import Stopping
 from tests.paths import OWN_GOLDENS
 from tests.tolerances import PROCESSED, compare
 
@@ -89,6 +92,24 @@ def test_beams_are_processed_as_log_probabilities_and_keep_enough():
     assert found[-1].size == 4, "one more than can end a text"
     assert found[-2].arguments[0] == 3
 
+
+@pytest.mark.parametrize(
+    ("stopping", "penalty", "done"),
+    [(True, 2.0, True), (False, 2.0, True), ("never", 2.0, False), ("never", 0.0, True), ("never", -1.0, True)],
+)
+def test_when_beams_are_done(stopping, penalty, done):
+    """Two texts have ended with a score of -1 each; beams have -3, which ten tokens could make -0.03."""
+    settings = GenerationConfig(num_beams=2, early_stopping=stopping, length_penalty=penalty, eos_token_id=2)
+    prompt = Prompt(input_ids=np.array([[5]]), attention_mask=np.array([[1]]), new_tokens=10, stopping=ENDS)
+    beams = Beams(settings, prompt, 0)
+    totals, tokens = np.array([-1.0, -1.0, -3.0, -4.0, -np.inf]), np.array([2, 3, 7, 8, 9])
+    beams.advance(Candidates(totals_C=totals, beams_C=np.zeros(5, np.int64), tokens_C=tokens))
+    assert [text.tokens_T.tolist() for text in beams.finished] == [[2], [3]]
+    assert [text.tokens_T.tolist() for text in beams.running] == [[7], [8]]
+    assert beams.done == done
+
+
+ENDS = Stopping(eos_token_id=(2, 3))
 
 ids = st.integers(0, 2)
 phrases = st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=3)

@@ -1,10 +1,20 @@
 """`opt-torch generate` and its siblings: where prompts come from, and which settings a command line names."""
 
+import dataclasses
 import importlib
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
 
 import pytest
+
+from opt_common.generation_config import GenerationConfig
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -79,3 +89,136 @@ def test_a_wrong_assignment_is_a_wrong_command_line(generate, capsys):
     with pytest.raises(SystemExit, match="2"):
         generate("--set", "top_k")
     assert "expected NAME=JSON" in capsys.readouterr().err
+
+
+def test_every_setting_has_an_option(capsys):
+    """What Python takes, the command line takes, with the words of its documentation."""
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module("opt_torch.cli").main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    unneeded = {"extra", "return_dict_in_generate", "output_scores", "output_logits"}
+    names = {field.name for field in dataclasses.fields(GenerationConfig)} - unneeded
+    assert not [name for name in names if f"--{name.replace('_', '-')}" not in text]
+    assert "keep the fewest likeliest tokens" in text
+
+
+def test_batches_say_what_prompts_say_alone(generate, tmp_path, monkeypatch):
+    prompts = ["One day", "Once upon a time there", "A cat", "The dog was", "It"]
+    alone = "".join(generate(prompt, "--json")[1] for prompt in prompts)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts), encoding="utf-8")
+    for size in ("1", "2", "5", "64"):
+        code, out, err = generate("--input", str(file), "--json", "--batch-size", size)
+        assert (code, out, err) == (0, alone, ""), "no bar where nobody looks"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert "5/5" in generate("--input", str(file), "--json", "--batch-size", "2")[2]
+    assert not generate("--input", str(file), "--json", "--batch-size", "2", "--quiet")[2]
+
+
+def test_a_stop_string_is_cut_off(generate):
+    whole = json.loads(generate("One day", "--json")[1])
+    assert whole["text"] == "One day" + whole["continuation"]
+    stop = whole["continuation"][4:7]
+    found = json.loads(generate("One day", "--json", "--stop-strings", stop, "--stop-strings", "zzz")[1])
+    assert found["continuation"] == whole["continuation"].partition(stop)[0]
+
+
+def test_streams_on_request(generate):
+    whole = generate("One day", "A cat")[1]
+    assert generate("One day", "A cat", "--stream")[1] == whole
+
+
+def test_an_interruption_prints_what_is_there(generate, monkeypatch):
+    """130, one sentence, and the texts as far as they are."""
+    whole = [json.loads(line) for line in generate("One day", "A cat", "--json")[1].splitlines()]
+    model_class = importlib.import_module("opt_torch").OPTForCausalLM
+    generate_ids = model_class.generate
+
+    def interrupted(self, ids, attention_mask, *, streamer, **options):
+        put, left = streamer.put, [4]
+
+        def count(value):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            put(value)
+
+        streamer.put = count
+        return generate_ids(self, ids, attention_mask, streamer=streamer, **options)
+
+    monkeypatch.setattr(model_class, "generate", interrupted)
+    code, out, err = generate("One day", "A cat", "--json")
+    assert (code, err) == (130, "opt-torch: interrupted.\n")
+    for line, complete in zip(map(json.loads, out.splitlines()), whole, strict=True):
+        assert line["complete"] is False
+        assert complete["text"].startswith(line["text"])
+        assert len(line["continuation"]) > 0
+    code, out, _ = generate("One day", "--stream")
+    assert code == 130
+    assert whole[0]["text"].startswith(out.rstrip("\n"))
+    assert len(out) > len("One day\n")
+
+
+def test_a_conversation_reads_only_what_is_new(generate, monkeypatch):
+    """The answers are those to the whole text each time, and each turn's cache is the next one's past."""
+    model_class = importlib.import_module("opt_torch").OPTForCausalLM
+    generate_ids, read = model_class.generate, []
+
+    def watched(self, ids, *args, past_key_values=None, **options):
+        read.append(ids.shape[1] - (0 if past_key_values is None else past_key_values.length))
+        return generate_ids(self, ids, *args, past_key_values=past_key_values, **options)
+
+    monkeypatch.setattr(model_class, "generate", watched)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Then the cat\n\n/reset\nOne day\n"))
+    code, out, _ = generate("--interactive", "Once upon a time")
+    assert code == 0
+    first, second, third, fourth = out.splitlines()
+    assert read[1] < 8, "the line's tokens, and the last one of the answer"
+    assert read[2] == 1
+    assert fourth == generate("One day")[1].rstrip("\n").removeprefix("One day")
+    text = f"Once upon a time{first}\nThen the cat"
+    assert generate(text)[1] == f"{text}{second}\n"
+    assert generate(f"{text}{second}")[1] == f"{text}{second}{third}\n"
+
+
+def test_in_a_terminal():
+    """A real one: text streams, a person adds to it, Ctrl-C ends an answer, and at the prompt the program."""
+    program = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on, Ctrl-C on this terminal is a signal to this program
+from opt_torch.cli import main
+sys.exit(main())
+"""
+    # Slow, so that there is time to interrupt it.
+    options = ["--interactive", "--max-new-tokens", "240", "--eos-token-id", "[]", "--no-use-cache"]
+    mine, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "generate", *options],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        try:
+            wait_for(b"> ", mine)
+            os.write(mine, b"Once upon a time\n")
+            wait_for(b"there was", mine)
+            os.write(mine, b"\x03")
+            wait_for(b"> ", mine)  # not the end of the program
+            os.write(mine, b"\x03")
+            wait_for(b"opt-torch: interrupted.", mine)
+            assert process.wait(timeout=100) == 130
+        finally:
+            process.kill()
+            os.close(mine)
+
+
+def wait_for(text, terminal):
+    """Read a terminal until it shows a text."""
+    shown, end = b"", time.monotonic() + 100
+    while text not in shown:
+        assert time.monotonic() < end, shown.decode()
+        if select.select([terminal], [], [], 0.2)[0]:
+            shown += os.read(terminal, 4096)

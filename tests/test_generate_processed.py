@@ -1,7 +1,6 @@
 """Generation with penalties, bans and forced tokens: token for token what Hugging Face continues with."""
 
 import dataclasses
-import importlib
 import json
 
 import numpy as np
@@ -58,18 +57,10 @@ def test_other_values_of_settings_need_no_other_program(backend, load):
         pytest.skip(f"{backend.name} runs its steps as they are written")
     model = load(backend, "post_ln_proj")
     backend.generate(model, PROMPTS, PADDED_LEFT, **EVERYTHING)
-    before = compilations(backend)
+    before = backend.compilations()
     other = {"top_k": 20, "top_p": 0.5, "seed": 6, "repetition_penalty": 1.1, "bad_words_ids": [[9, 8, 7]]}
     backend.generate(model, PROMPTS[:, 1:], PADDED_LEFT[:, 1:], **(EVERYTHING | other))
-    assert compilations(backend) == before
-
-
-def compilations(backend):
-    """How often generation's step has been traced so far."""
-    module = importlib.import_module(f"{backend.package.__name__}.generation")
-    if backend.name == "tf":
-        return sum(step.experimental_get_tracing_count() for step in module._STEPS.values())
-    return module._step._cache_size()
+    assert backend.compilations() == before
 
 
 @pytest.mark.parametrize("settings", [EVERYTHING, {"do_sample": True, "top_k": 0, "max_new_tokens": NEW}])

@@ -22,6 +22,7 @@ FILES = (
     "modeling.py",
     "heads.py",
     "lora.py",
+    "optimizer.py",
     "training.py",
     "processors.py",
     "selection.py",
@@ -83,6 +84,7 @@ SANCTIONED = {
     "cache.py": {
         "KVCache.written =": (BOTH, "only PyTorch writes in place, and must know who else has"),
         "KVCache.with_room: *": (BOTH, "padding makes room in one call"),
+        "KVCache.gathered: rows_B1": (("tf",), "gathering has a word for rows"),
         "append: T": (("flax",), "slices are written by their start alone"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*KVCache.__tf_*": (("tf",), "how tf.function takes a cache apart"),
@@ -215,6 +217,17 @@ SANCTIONED = {
         "*replace*": (("tf",), "Keras has a lock on the layers of a layer"),
         "adapter_linear(name)": (("tf",), "Keras layers have names"),
     },
+    "optimizer.py": {
+        "save_optimizer: *": (BOTH, "PyTorch counts steps by parameter"),
+        "load_optimizer: *": (BOTH, "each framework has its place for the moments"),
+        "matched: *": (BOTH, "each framework has its way to know an optimizer's variables"),
+        "*groups_of*": (BOTH, "optax tells nobody its settings, and Keras has one group"),
+        "*AdamW*": (("tf",), "Keras' own adds epsilon elsewhere"),
+        "*unscaled*": (("tf",), "Keras scales losses by an optimizer around the optimizer"),
+        "*moments_of*": (("tf",), "where Keras keeps the moments"),
+        "*adam_state*": (("flax",), "optax chains its parts"),
+        "*parts*": (("flax",), "as above"),
+    },
     "processors.py": {
         "History.seen: *": (BOTH, "each framework has its way to scatter"),
         "running_sum*": (("flax",), "without float64, a sum is a pair of numbers"),
@@ -229,7 +242,7 @@ SANCTIONED = {
         "*counted*": (("tf",), "adding at places takes pairs"),
     },
     "generation.py": {
-        "generate: *": (("tf",), "Keras passes the mode as an argument"),
+        "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
         "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
         "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),

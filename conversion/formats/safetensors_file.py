@@ -43,6 +43,7 @@ class SafetensorsReader:
         header, self._start = _header(path, self._buffer)
         metadata = header.pop("__metadata__", {})
         self.scheme: Scheme = _scheme(path, metadata)
+        self.metadata: Mapping[str, Any] = metadata
         self._offsets: dict[str, int] = {}
         self.tensors: Mapping[str, TensorInfo] = {}
         for name, entry in header.items():
@@ -71,15 +72,18 @@ def stored_bytes(info: TensorInfo) -> int:
     return info.nbytes
 
 
-def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
+def write(
+    path: Path, tensors: Sequence[TensorSpec], read: ReadNative, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a file with PyTorch's names and layouts, one tensor at a time; the same tensors give the same bytes.
 
     Args:
         path: the new file.
         tensors: what to write, in the order of the payload.
         read: gives the array of a name; it is called once for each, in order.
+        metadata: what the header says besides; None says that the layout is PyTorch's.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     offset = 0
     for tensor in tensors:
         end = offset + tensor.info.nbytes

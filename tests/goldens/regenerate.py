@@ -5,8 +5,9 @@
     OPT_GOLDENS=OUT python -m pytest tests
 
 Builds each variant with weights of `tests/seeded.py`, lets the library's own classes save it in every format they have,
-and stores what its PyTorch class (eager attention) computes. Nothing of this repository but `seeded.py` and `beam_goldens.py` is imported, so
-that no mistake of ours can reach the data. With another seed the values differ; the suite must pass all the same.
+and stores what its PyTorch class (eager attention) computes. Nothing of this repository is imported but `seeded.py` and
+`beam_goldens.py`, which import nothing of it, so that no mistake of ours can reach the data. With another seed the
+values differ; the suite must pass all the same.
 """
 
 import argparse
