@@ -163,6 +163,20 @@ def test_without_a_cache_the_same(backends, load, form):
         )
 
 
+def test_beams_end_by_any_rule(backends, load):
+    """A criterion that names a token ends what that end-of-text id does."""
+    for backend in backends:
+        if backend.compiles:
+            continue  # the rules are opt_common's
+        model, settings = load(backend, "post_ln_proj"), FORMS["beams"] | {"early_stopping": True, "pad_token_id": 1}
+        expected = backend.generate(model, PROMPTS, PADDED_LEFT, **settings, eos_token_id=335)
+        found = backend.generate(
+            model, PROMPTS, PADDED_LEFT, **settings, eos_token_id=[], stopping_criteria=lambda ids: ids[:, -1] == 335
+        )
+        np.testing.assert_array_equal(found, expected)
+        assert (expected == 335).any(), "an end must have been met for this test to say anything"
+
+
 def test_what_is_forced_is_there(backends, load):
     """Phrases and choices, also where Hugging Face returns likelier texts without them."""
     settings = {"max_new_tokens": 8, "num_beams": 6, "num_return_sequences": 2, "force_words_ids": [[5, 6]]}
