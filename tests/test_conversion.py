@@ -11,7 +11,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion import Checkpoint, checked_parameters, convert, open_checkpoint, save_checkpoint, verify
@@ -457,6 +457,7 @@ def test_records_of_torch_files_are_aligned(tmp_path: Path):
     assert reader.read(HEAD).__array_interface__ == reader.read("model.decoder.embed_tokens.weight").__array_interface__
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(0, 300),
     columns=st.integers(1, 300),
