@@ -173,7 +173,7 @@ class ConstrainedBeams(Beams):
         return [_progress(text).next_tokens for text in self.running]
 
     def chosen(self, candidates: Candidates) -> Candidates:
-        """Beams of every stage of fulfilment by turns: the best of each, those furthest on first."""
+        """Beams of every stage of fulfillment by turns: the best of each, those furthest on first."""
         assert self.asked is not None
         known = set(zip(candidates.beams_C.tolist(), candidates.tokens_C.tolist(), strict=True))
         pairs = zip(self.asked.beams_C.tolist(), self.asked.tokens_C.tolist(), strict=True)

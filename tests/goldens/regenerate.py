@@ -6,8 +6,8 @@
 
 Builds each variant with weights of `tests/seeded.py`, lets the library's own classes save it in every format they have,
 and stores what its PyTorch class (eager attention) computes. Nothing of this repository is imported but `seeded.py` and
-the `*_goldens.py` beside this file, which import nothing of it, so that no mistake of ours can reach the data. With another seed the
-values differ; the suite must pass all the same.
+the `*_goldens.py` beside this file, which import nothing of it, so that no mistake of ours can reach the data. With
+another seed the values differ; the suite must pass all the same.
 """
 
 import argparse
