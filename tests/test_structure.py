@@ -249,7 +249,11 @@ SANCTIONED = {
         "vocab_size*": (("tf",), "a static size may be None to a type checker"),
         "def vocab_size": (("tf",), "as above"),
     },
-    "selection.py": {},
+    "selection.py": {
+        "best: *": (BOTH, "PyTorch's topk takes any of the equal totals at its end"),
+        "drawn: *": (BOTH, "a scan keeps JAX's program small; TensorFlow has no way to set one element a row"),
+        "*counted*": (("tf",), "adding at places takes pairs"),
+    },
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
