@@ -54,18 +54,18 @@ class Trainable:
 
     def train_step(self: Any, data: Any) -> Any:
         """A step of `fit`: see `with_targets` for what a batch may be."""
-        return super().train_step(with_targets(self, data))
+        return super().train_step(with_targets(self, data))  # pyright: ignore[reportAttributeAccessIssue]
 
     def test_step(self: Any, data: Any) -> Any:
         """A step of `evaluate`, likewise."""
-        return super().test_step(with_targets(self, data))
+        return super().test_step(with_targets(self, data))  # pyright: ignore[reportAttributeAccessIssue]
 
     def compute_loss(
         self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> Any:
         """The loss that the model computes from its labels; given `compile(loss=…)`, that of the logits."""
         if y is not None:
-            return super().compute_loss(x, y, y_pred["logits"], sample_weight, training)
+            return super().compute_loss(x, y, y_pred["logits"], sample_weight, training)  # pyright: ignore[reportAttributeAccessIssue]
         return y_pred.loss
 
     def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
@@ -75,7 +75,7 @@ class Trainable:
         logits = y_pred.logits if self.head != "question_answering" else None
         if self.head == "lm" and logits is not None and y is not None:
             y, logits = y[:, 1:], logits[:, :-1]
-        return super().compute_metrics(x, y, logits, sample_weight)
+        return super().compute_metrics(x, y, logits, sample_weight)  # pyright: ignore[reportAttributeAccessIssue]
 
     def predict_step(self: Any, data: Any) -> Any:
         """A step of `predict`: the fields that a call without labels fills, but for the cache."""
