@@ -13,10 +13,10 @@ ready := $(VENV)/.ready
 one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types contracts docs unit format oracle oracle-keras-hub isolated peft clean
+.PHONY: help setup demo test check lint types contracts docs unit format kills bench-conversion oracle oracle-keras-hub isolated peft clean
 
 help:  ## list the targets
-	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(ready): pyproject.toml constraints.txt
 	@echo 'Setting up $(VENV): some minutes the first time.'
@@ -55,6 +55,14 @@ format: $(ready)  ## mend what can be mended by machine
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/python docs/make_parameters.py
+
+kills: $(ready)  ## conversions killed, out of disk, source changed: 200 of each (some minutes)
+	$(one_thread) $(bin)/python -W error -m tests.kill_runs --kills 200 --full 200 --changes 200
+
+BENCH_DIR ?= /tmp/opt-bench
+
+bench-conversion: $(ready)  ## memory and time of all pairs of formats on 5.3 GB, against cp (an hour, 25 GB of disk)
+	$(bin)/python -m benchmarks.conversion --directory $(BENCH_DIR) --json conversion.json
 
 oracle: .venv-oracle/.ready  ## what we write loads in transformers 4.57.6 (an environment of its own)
 	PYTHONPATH=. TF_USE_LEGACY_KERAS=1 TF_CPP_MIN_LOG_LEVEL=2 .venv-oracle/bin/python tests/oracle/check_transformers_loads.py

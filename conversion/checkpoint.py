@@ -26,8 +26,9 @@ from conversion.formats import (
     safetensors_file,
     torch_file,
 )
+from conversion.identity import identities
 from conversion.metaseq_config import config_of
-from conversion.tensors import Array, Reader, TensorInfo
+from conversion.tensors import Array, Reader, TensorInfo, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, read_index, states_its_config
@@ -75,6 +76,7 @@ class Checkpoint:
         config: the configuration of the model.
         format: "safetensors", "torch", "tf", "flax", "metaseq", "keras", "keras-hub" or "orbax".
         files: the weight files; for Orbax the directory.
+        identities: what the file system noted of them before they were opened.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
         head: what stands on the decoder, by the class in the configuration, or else by the tensors.
@@ -85,6 +87,7 @@ class Checkpoint:
         """Open the files; without a configuration, it is that which they state themselves."""
         self.format = format_name
         self.files = files
+        self.identities = identities(files)
         self._readers: list[Reader] = []
         self._tensors: dict[str, tuple[Reader, str, bool]] = {}
         try:
@@ -377,8 +380,8 @@ def _equal(a: Array, b: Array) -> bool:
     rows = max(1, _COMPARED_ELEMENTS // max(1, a[:1].size))
     return all(
         np.array_equal(
-            np.ascontiguousarray(a[start : start + rows]).view(np.uint8),
-            np.ascontiguousarray(b[start : start + rows]).view(np.uint8),
+            np.ascontiguousarray(fetch(a[start : start + rows])).view(np.uint8),
+            np.ascontiguousarray(fetch(b[start : start + rows])).view(np.uint8),
         )
         for start in range(0, len(a), rows)
     )

@@ -42,6 +42,7 @@ examples:
   opt-convert convert my-model my-model-half --to safetensors --dtype bfloat16
   opt-convert convert my-model my-model-tf --to tf --max-shard-size 2GB
   opt-convert convert facebook/opt-30b opt-30b-tf --to tf --dry-run
+  opt-convert convert facebook/opt-30b opt-30b-tf --to tf --resume
   opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
@@ -92,11 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _failed(f"{where}{error.strerror or error}. Nothing was left half-written.")
-    except MemoryError:
-        return _failed("The memory is too small for the largest tensor. Nothing was left half-written.")
-    except KeyboardInterrupt:
-        return _failed("Interrupted. Nothing was left half-written.")
+        return _failed(f"{where}{error.strerror or error}. {_left(error)}")
+    except MemoryError as error:
+        return _failed(f"The memory is too small for the largest tensor. {_left(error)}")
+    except KeyboardInterrupt as error:
+        return _failed(f"Interrupted. {_left(error)}")
+
+
+def _left(error: BaseException) -> str:
+    """What an interrupted command has left, by the notes of its error."""
+    return " ".join(getattr(error, "__notes__", ())) or "Nothing was left half-written."
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
@@ -173,6 +179,9 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         "--model-parts", metavar="N", type=int, help="metaseq: N model-parallel files; default: one file, restored.pt"
     )
     command.add_argument("--force", action="store_true", help="replace files of the same names in an existing DST")
+    command.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run of the same command left beside DST"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
@@ -205,7 +214,8 @@ def _run_convert(arguments: argparse.Namespace) -> int:
     options = _writing_options(arguments)
     if arguments.dry_run:
         return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
-    result = convert(arguments.src, arguments.dst, arguments.to, progress=not arguments.quiet, **options)
+    options.update(resume=arguments.resume, progress=not arguments.quiet)
+    result = convert(arguments.src, arguments.dst, arguments.to, **options)
     verification = None
     if arguments.verify:
         verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
@@ -215,9 +225,8 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
 def _run_merge_adapter(arguments: argparse.Namespace) -> int:
     options = _writing_options(arguments)
-    result = merge_adapter(
-        arguments.src, arguments.adapter, arguments.dst, arguments.to, progress=not arguments.quiet, **options
-    )
+    options.update(resume=arguments.resume, progress=not arguments.quiet)
+    result = merge_adapter(arguments.src, arguments.adapter, arguments.dst, arguments.to, **options)
     _show_conversion(result, None, arguments)
     return OK
 

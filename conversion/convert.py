@@ -14,6 +14,7 @@ from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
 from conversion.merge import Weights, merged_weights, weights_of
 from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes
+from conversion.unfinished import is_left_to_publish
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
@@ -110,6 +111,7 @@ def convert(
     model_parts: int | None = None,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
     **hub: Any,
 ) -> Conversion:
@@ -124,17 +126,22 @@ def convert(
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
         config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
+        resume: go on with what an interrupted call with the same arguments has left beside `dst`: weight files that
+            were finished are checked by their digests and used. Without such work, begin from the start.
         progress: show a bar on standard error, if that is a terminal.
         **hub: `revision`, `cache_dir`, `token` and `local_files_only` of `opt_common.hub.resolve`.
 
     Raises:
         ConfigError: if the source's configuration is no OPT model's.
-        CheckpointError: if the source is damaged or incomplete, the target is refused, the disk is too small, or a
-            number is too large for `dtype`. Nothing is left behind.
-        OSError: if the disk is full or not writable. Nothing is left behind.
+        CheckpointError: if the source is damaged, incomplete, or changes meanwhile, the target is refused, the disk is
+            too small, a number is too large for `dtype`, or an interrupted call's work is in the way. Nothing is left
+            behind.
+        OSError: if the disk is full or not writable. Weight files that are finished are kept for `resume`; a note of
+            the error says where. Otherwise nothing is left behind.
     """
-    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
-        return _carry_out(prepared, progress=progress)
+    options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
+    with _prepared(src, dst, to, *options) as prepared:
+        return _carry_out(prepared, progress=progress, resume=resume)
 
 
 def merge_adapter(
@@ -148,6 +155,7 @@ def merge_adapter(
     model_parts: int | None = None,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
+    resume: bool = False,
     progress: bool = False,
     **hub: Any,
 ) -> Conversion:
@@ -163,22 +171,25 @@ def merge_adapter(
         model_parts: likewise.
         config: likewise.
         force: likewise.
+        resume: likewise.
         progress: likewise.
         **hub: likewise; they are about `base`.
 
     Raises:
         ConfigError: as `convert`, and if the adapter asks for what is not supported.
         CheckpointError: as `convert`, and if the adapter is damaged or does not fit the base.
-        OSError: as `convert`. Nothing is left behind.
+        OSError: as `convert`.
     """
-    with _prepared(base, dst, to, dtype, max_shard_size, model_parts, config, force, hub, adapter) as prepared:
-        return _carry_out(prepared, progress=progress)
+    options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
+    with _prepared(base, dst, to, *options, adapter) as prepared:
+        return _carry_out(prepared, progress=progress, resume=resume)
 
 
-def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
+def _carry_out(prepared: "_Prepared", *, progress: bool, resume: bool) -> Conversion:
     plan, weights = prepared.plan, prepared.weights
     with _bar(plan, show=progress) as advance:
-        write_plan(prepared.target, plan, weights.read, prepared.documents, advance)
+        source = weights.identities
+        write_plan(prepared.target, plan, weights.read, prepared.documents, advance, source=source, resume=resume)
     return Conversion(
         source=prepared.checkpoint.files,
         source_format=prepared.checkpoint.format,
@@ -187,7 +198,7 @@ def _carry_out(prepared: "_Prepared", *, progress: bool) -> Conversion:
         files=prepared.files,
         tensors=len(weights.table),
         total_bytes=plan.total_bytes,
-        warnings=tuple(class_limits(weights.config, plan.format, weights.head)),
+        warnings=prepared.warnings,
     )
 
 
@@ -230,7 +241,7 @@ def plan_conversion(
             ),
             needed_bytes=needed_bytes(plan, prepared.documents),
             free_bytes=free_bytes(prepared.target),
-            warnings=tuple(class_limits(prepared.checkpoint.config, to, prepared.checkpoint.head)),
+            warnings=prepared.warnings,
         )
 
 
@@ -248,6 +259,17 @@ class _Prepared:
     def files(self) -> tuple[str, ...]:
         """Names of all files that will be written."""
         return (*self.plan.files, *((self.plan.index,) if self.plan.index else ()), *self.documents)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What other software cannot do with the result, a sentence each."""
+        found = list(class_limits(self.weights.config, self.plan.format, self.weights.head))
+        if self.plan.format == KERAS_HUB and not set(TOKENIZER_ASSETS.values()) <= self.documents.keys():
+            found.append(
+                f"There is no {' and '.join(TOKENIZER_ASSETS)} beside the source, so that the preset has no tokenizer: "
+                f"KerasHub loads it with preprocessor=None."
+            )
+        return tuple(found)
 
 
 @contextlib.contextmanager

@@ -4,14 +4,16 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from conversion.adapter import Adapter, checked_adapter, open_adapter
 from conversion.checkpoint import Checkpoint, checked_parameters
+from conversion.identity import Identity, identities
 from conversion.plan import ReadParameter
-from conversion.tensors import Array, to_dtype
+from conversion.tensors import Array, fetch, to_dtype
 from opt_common.config import OPTConfig
 from opt_common.lora import STORED_PREFIX, AdaptedLayer, AdapterTable
 from opt_common.params import Head, Parameter, parameter_table
@@ -27,6 +29,7 @@ class Weights:
         table: the parameters.
         dtypes: the type of each, by canonical name.
         read: gives each, in the canonical layout and in that type.
+        identities: what the file system noted of the files before they were opened.
     """
 
     config: OPTConfig
@@ -34,6 +37,7 @@ class Weights:
     table: tuple[Parameter, ...]
     dtypes: Mapping[str, np.dtype[Any]]
     read: ReadParameter
+    identities: Mapping[Path, Identity]
 
 
 def weights_of(checkpoint: Checkpoint) -> Weights:
@@ -50,6 +54,7 @@ def weights_of(checkpoint: Checkpoint) -> Weights:
         table=table,
         dtypes={parameter.name: checkpoint.info(parameter.name).dtype for parameter in table},
         read=lambda parameter: checkpoint.read(parameter.name),
+        identities=checkpoint.identities,
     )
 
 
@@ -65,6 +70,7 @@ def merged_weights(checkpoint: Checkpoint, directory: str | os.PathLike[str]) ->
         ConfigError: if the adapter asks for what is not supported.
         CheckpointError: if base or adapter is damaged, or they do not fit each other.
     """
+    found = identities([Path(directory)])
     with open_adapter(directory) as adapter:
         config, head = _config_of(checkpoint, adapter), adapter.head or checkpoint.head
         adapted, names = checked_adapter(adapter, config, None if adapter.bare else head or "lm")
@@ -79,6 +85,7 @@ def merged_weights(checkpoint: Checkpoint, directory: str | os.PathLike[str]) ->
             table=table,
             dtypes=dtypes,
             read=_reader(checkpoint, adapter, adapted, names, dtypes),
+            identities={**checkpoint.identities, **found},
         )
 
 
@@ -114,5 +121,5 @@ def _merged(weight: Array, a: Array, b: Array, layer: AdaptedLayer) -> Array:
     wide = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
     merged = b.astype(wide) @ a.astype(wide)
     merged *= wide.type(layer.scaling)
-    merged += weight.astype(wide, copy=False)
+    merged += fetch(weight).astype(wide, copy=False)
     return merged

@@ -20,7 +20,7 @@ from conversion.formats import (
     torch_file,
 )
 from conversion.metaseq_config import arguments_of
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, contiguous, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import CONFIG_FILE, FORMATS, METASEQ, TOKENIZER_FILE
@@ -101,9 +101,10 @@ class Tensor:
             array = read(parameter)
             assert array.shape == parameter.shape, (parameter.name, array.shape, parameter.shape)
             arrays.append(array[self.window])
-        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate([fetch(array) for array in arrays])
         native = whole.T if self.transposed else whole
-        return native if native.shape == self.spec.info.shape else native.reshape(self.spec.info.shape)
+        shape = self.spec.info.shape
+        return native if native.shape == shape else contiguous(fetch(native)).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,14 +28,21 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes]) -> None:
+def check_disk(directory: Path, plan: Plan, documents: Mapping[str, bytes], *, finished: int = 0) -> None:
     """Make sure that there is room for a plan, before hours are spent on it.
+
+    Args:
+        directory: where to.
+        plan: what is to be written.
+        documents: further files by name.
+        finished: bytes of it that are on the disk already.
 
     Raises:
         CheckpointError: if there is not. Files that are to be replaced stay until the new ones are whole.
     """
-    if (free := free_bytes(directory)) < needed_bytes(plan, documents):
-        raise CheckpointError(no_room(directory, needed_bytes(plan, documents), free))
+    needed = needed_bytes(plan, documents) - finished
+    if (free := free_bytes(directory)) < needed:
+        raise CheckpointError(no_room(directory, needed, free))
 
 
 def no_room(directory: Path, needed: int, free: int) -> str:
@@ -81,10 +88,12 @@ def publish(staging: Path, directory: Path, last: str) -> None:
         return
     # Whatever makes the directory a checkpoint goes first and comes last, so that an interruption in between leaves
     # one without weights, never a mixture of old and new ones.
-    new = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-    (directory / last).unlink(missing_ok=True)
-    sync(directory)
-    for name in [*(name for name in new if name != last), last]:
+    names = (path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    new = sorted(names, key=lambda name: (name == last, name))
+    if last in new:  # else an earlier run was interrupted after it
+        (directory / last).unlink(missing_ok=True)
+        sync(directory)
+    for name in new:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(directory / name)
     for path in {(directory / name).parent for name in new}:

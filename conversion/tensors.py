@@ -8,23 +8,37 @@ A format module knows only *its bytes <-> (native name, native array)*. Each exp
     stored_bytes(dtype, shape) -> int          what one tensor takes in a file of this format
 """
 
+import collections
 import dataclasses
 import math
 import mmap
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 
+from conversion.identity import changed_meanwhile
 from opt_common.errors import CheckpointError
 from opt_common.params import Scheme
 
-PIECE_BYTES = 8 << 20
-"""Bytes that a writer converts and writes at a time: small beside a tensor, large beside a system call."""
+PIECE_BYTES = 2 << 20
+"""Bytes that are read and converted at a time: small beside a tensor, large beside a system call."""
+
+_WRITE_BYTES = 1 << 20
+"""Bytes that are written at a time. Linux looks for memory in one piece for them: 8 MB took ten times as long."""
+
+_WORKERS = 2
+"""Threads that read, transpose and convert pieces while the caller writes one: the GIL is let go of meanwhile."""
 
 _TILE = 128
 _MAX_DIMENSIONS = 8
+_FILL_BYTES = 1 << 18
+_READ_BYTES = 1 << 30
+"""Bytes to ask the system for at a time; it gives no more than two gigabytes."""
 
 Array = np.ndarray[Any, Any]
 
@@ -99,7 +113,48 @@ def damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"{path}: {problem}. The file is damaged or not what its name says; fetch it again.")
 
 
-def map_file(path: Path) -> mmap.mmap:
+class MappedFile(mmap.mmap):
+    """A file mapped into memory, read-only, whose bytes can also be copied out without touching the map.
+
+    Who touches a map that has become longer than its file is killed by the system, and touched pages count as memory
+    of the process. A conversion therefore takes arrays from readers for what they say of places in the file, and
+    copies the bytes out with `fetch`.
+    """
+
+    _path: Path
+    _descriptor: int
+    _address: int
+
+    @classmethod
+    def of(cls, path: Path, descriptor: int) -> "MappedFile":
+        """The map of an open file; the descriptor stays that of the caller."""
+        mapped = cls(descriptor, 0, access=mmap.ACCESS_READ)
+        mapped._path = path
+        mapped._descriptor = os.dup(descriptor)
+        weakref.finalize(mapped, os.close, mapped._descriptor)
+        mapped._address = np.frombuffer(mapped, np.uint8, 1).ctypes.data
+        return mapped
+
+    def copy_out(self, address: int, size: int) -> Array:
+        """The bytes that are mapped at an address.
+
+        Raises:
+            CheckpointError: if the file has become too short for them.
+        """
+        result = np.empty(size, np.uint8)
+        offset, done = address - self._address, 0
+        if not hasattr(os, "preadv"):  # Windows, where a mapped file can't be cut either
+            result[:] = np.frombuffer(self, np.uint8, size, offset)
+            return result
+        while done < size:
+            count = os.preadv(self._descriptor, [result[done : done + _READ_BYTES].data], offset + done)
+            if count == 0:
+                raise CheckpointError(changed_meanwhile([self._path]))
+            done += count
+        return result
+
+
+def map_file(path: Path) -> MappedFile:
     """Map a file into memory, read-only.
 
     Raises:
@@ -110,7 +165,7 @@ def map_file(path: Path) -> mmap.mmap:
         raise CheckpointError(f"{path} is not a regular file. Name a weight file.")
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return MappedFile.of(path, file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}. Check the path and its permissions.") from None
     except ValueError:
@@ -123,7 +178,7 @@ def view(buffer: mmap.mmap | memoryview, offset: int, info: TensorInfo) -> Array
         return frozen(np.empty(info.shape, info.dtype))
     array = np.frombuffer(buffer, info.dtype, info.size, offset).reshape(info.shape)
     # Formats with a header of any length can put numbers at odd addresses, which frameworks do not take.
-    return array if array.flags.aligned else frozen(array.copy())
+    return array if array.flags.aligned else frozen(fetch(array))
 
 
 def frozen(array: Array) -> Array:
@@ -131,6 +186,51 @@ def frozen(array: Array) -> Array:
     if array.flags.writeable:
         array.flags.writeable = False
     return array
+
+
+def fetch(array: Array) -> Array:
+    """A copy in memory of an array that lies in a mapped file, of the same strides; any other array itself.
+
+    It takes as many bytes as lie in the file from the array's first byte to its last.
+
+    Raises:
+        CheckpointError: if the file has become too short.
+    """
+    home = _home(array)
+    if home is None or array.size == 0:
+        return array
+    reach = [(length - 1) * stride for length, stride in zip(array.shape, array.strides, strict=True)]
+    before, after = sum(step for step in reach if step < 0), sum(step for step in reach if step > 0)
+    data = home.copy_out(array.ctypes.data + before, after - before + array.itemsize)
+    return np.ndarray(array.shape, array.dtype, data.data, -before, array.strides)
+
+
+def _home(array: Array) -> MappedFile | None:
+    """The mapped file in which an array lies."""
+    place: Any = array
+    while place is not None and not isinstance(place, MappedFile):
+        place = place.obj if isinstance(place, memoryview) else getattr(place, "base", None)
+    return place
+
+
+def joined(arrays: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+    """Flat arrays one after the other in a new one; mapped files are read piece by piece."""
+    whole = np.empty(sum(array.size for array in arrays), dtype)
+    start = 0
+    for array in arrays:
+        fill(whole[start : start + array.size], array)
+        start += array.size
+    return whole
+
+
+def fill(target: Array, source: Array) -> None:
+    """Copy an array into another of the same shape; a mapped file is read piece by piece."""
+    if not source.ndim or not source.flags.c_contiguous:
+        target[...] = fetch(source)
+        return
+    step = max(1, _FILL_BYTES // max(1, source[:1].nbytes))
+    for start in range(0, len(source), step):
+        target[start : start + step] = fetch(source[start : start + step])
 
 
 def is_shape(value: object) -> bool:
@@ -163,17 +263,42 @@ def pieces(array: Array, dtype: np.dtype[Any], name: str) -> Iterator[Array]:
     Raises:
         CheckpointError: if a finite number is too large for `dtype`.
     """
+    for piece in _large_pieces(array, dtype, name):
+        flat = piece.reshape(-1)
+        step = max(1, _WRITE_BYTES // dtype.itemsize)
+        for start in range(0, flat.size, step):
+            yield flat[start : start + step]
+
+
+def _large_pieces(array: Array, dtype: np.dtype[Any], name: str) -> Iterator[Array]:
+    """The same in the pieces that are read and transposed at a time."""
     if array.flags.c_contiguous:
         flat = array.reshape(-1)
         step = max(1, PIECE_BYTES // max(1, array.dtype.itemsize))
-        for start in range(0, flat.size, step):
-            yield to_dtype(flat[start : start + step], dtype, name)
+        starts = range(0, flat.size, step)
+        yield from _in_order(lambda start: to_dtype(fetch(flat[start : start + step]), dtype, name), starts)
         return
+    array = fetch(array)
     row_bytes = max(1, array[:1].size * array.dtype.itemsize)
     # A stripe narrower than a tile would fetch each cache line of the source more than once.
     step = max(_TILE, PIECE_BYTES // row_bytes)
-    for start in range(0, len(array), step):
-        yield to_dtype(contiguous(array[start : start + step]), dtype, name)
+    starts = range(0, len(array), step)
+    yield from _in_order(lambda start: to_dtype(contiguous(array[start : start + step]), dtype, name), starts)
+
+
+def _in_order(make: Callable[[int], Array], starts: range) -> Iterator[Array]:
+    """What `make` gives for each start, in order; the next ones are made while the caller is busy with one."""
+    if len(starts) < 2:
+        yield from map(make, starts)
+        return
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        waiting: collections.deque[Future[Array]] = collections.deque()
+        for start in starts:
+            waiting.append(pool.submit(make, start))
+            if len(waiting) > _WORKERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def contiguous(array: Array) -> Array:

@@ -495,7 +495,7 @@ def _fetch(repository: _Repository, names: Set[str]) -> Path:
         raise CheckpointError(_gated(repository)) from None
     except _network_errors() as error:
         raise CheckpointError(
-            f"Fetching {repository} failed: {_in_short(error)}. Try again; what has come is kept."
+            f"Fetching {repository} failed: {_in_short(error)}. Try again; the files that have come are kept."
         ) from None
     return Path(directory)
 

@@ -257,8 +257,13 @@ def adapter_table(config: OPTConfig, lora: LoraConfig, head: Head | None) -> Ada
     """What an adapter of this configuration consists of in a model of this configuration and head.
 
     Raises:
-        ConfigError: if it would adapt nothing, or save a module that the model has not.
+        ConfigError: if it would adapt nothing, or save a module that the model has not, or the model is in few bits.
     """
+    if config.quantization is not None:
+        raise ConfigError(
+            f"The model's weights are in few bits ({config.quantization}), which take no adapter. Load it without "
+            "quantization; for training in little memory, PyTorch has opt_torch.bits_and_bytes."
+        )
     saved = {
         parameter.name
         for parameter in parameter_table(config, head=head)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from conversion import checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
 from opt_common.lora import LoraConfig, check_whole
@@ -198,7 +199,9 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """An array of a tensor's numbers; bfloat16 goes over bit by bit."""
+    """An array of a tensor's numbers; bfloat16 goes over bit by bit. Those of quantised weights are refused."""
+    if not tensor.is_floating_point():
+        raise CheckpointError("The model's base weights are quantised, which no checkpoint holds. Use save_adapter.")
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -65,8 +65,8 @@ class LoraLinear(nn.Module):
 
     def merge(self) -> None:
         """Add the adapter to the base weight, which is kept aside."""
-        if not self.weight.dtype.is_floating_point or type(self.weight) is not nn.Parameter:
-            raise ConfigError("Quantised base weights can't take an adapter. Load the base model unquantised to merge.")
+        if not self.weight.dtype.is_floating_point:
+            raise ConfigError("Quantised base weights can't take an adapter. Merge it into the base model unquantised.")
         with torch.no_grad():
             a, b = self.lora_A.weight, self.lora_B.weight
             change = self.scaling * (b @ a)

@@ -48,10 +48,19 @@ class Request:
     method: str
     path: str
     authorization: str | None
+    range: str | None
 
 
 class StandInHub(ThreadingHTTPServer):
-    """The server. `requests` is the log of what it was asked."""
+    """The server.
+
+    Attributes:
+        requests: the log of what it was asked.
+        sent: bytes of all answers.
+        broken: whether it answers every request with an error.
+        failing: names of files that it answers with an error.
+        cut: name of a file -> after how many bytes the connection ends, the next time that it is sent.
+    """
 
     daemon_threads = True
 
@@ -59,7 +68,15 @@ class StandInHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
         self.requests: list[Request] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was asked, and be sound again."""
+        self.requests.clear()
+        self.sent = 0
         self.broken = False
+        self.failing: set[str] = set()
+        self.cut: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -100,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:  # noqa: PLR0911  # one return an answer
         path = unquote(urlsplit(self.path).path)
-        self.server.requests.append(Request(self.command, path, self.headers.get("Authorization")))
+        self.server.requests.append(
+            Request(self.command, path, self.headers.get("Authorization"), self.headers.get("Range"))
+        )
         if self.server.broken:
             return self._send(503, b"")
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path)
@@ -125,13 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(403, b"", {"X-Error-Code": "GatedRepo"})
         if match[4] not in files:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        return self._send_file(files[match[4]], commit)
+        if match[4] in self.server.failing and self.command == "GET":
+            return self._send(500, b"")
+        return self._send_file(match[4], files[match[4]], commit)
 
-    def _send_file(self, content: bytes, commit: str) -> None:
+    def _send_file(self, name: str, content: bytes, commit: str) -> None:
         headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if match is None:
-            return self._send(200, content, headers)
+            return self._send(200, content, headers, self.server.cut.pop(name, None) if self.command == "GET" else None)
         start, end = int(match[1]), int(match[2] or len(content) - 1)
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         return self._send(206, content[start : end + 1], headers)
@@ -139,13 +160,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] | None = None, cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:cut])
+            self.server.sent += len(body[:cut])
+        self.close_connection |= cut is not None
 
 
 def _oid(content: bytes) -> str:

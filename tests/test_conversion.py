@@ -11,7 +11,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion import Checkpoint, checked_parameters, convert, open_checkpoint, save_checkpoint, verify
@@ -113,6 +113,7 @@ def test_names_go_there_and_back(tiny: OPTConfig, scheme: Any, change: dict[str,
 
 @pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
 def test_row_9_names_with_and_without_prefix(prefix: str):
+    """text-generation-inference#1060: the keys of opt-350m lack `model.`."""
     for rest in ("embed_tokens.weight", "layers.11.fc1.bias", "final_layer_norm.weight", "project_in.weight"):
         assert to_canonical(prefix + rest, "torch").name == f"model.decoder.{rest}"
 
@@ -150,6 +151,8 @@ def rewrite(source: Path, target: Path, change: Callable[[dict[str, np.ndarray]]
 
 
 def test_rows_10_and_39_a_tied_head_under_either_name(tmp_path: Path):
+    """transformers#43159, #41038, safetensors#98: `save_model` keeps the head's name alone."""
+
     def only_head(arrays: dict[str, np.ndarray]) -> None:
         arrays[HEAD] = arrays.pop("model.decoder.embed_tokens.weight")
 
@@ -193,6 +196,8 @@ def test_row_15_all_misfits_are_named_in_one_error(tmp_path: Path):
 
 
 def test_row_6_a_missing_final_norm_tells_its_story(tmp_path: Path):
+    """transformers#17653, #17545, metaseq#164, CTranslate2#850: the norm was missing, and the output abnormal."""
+
     def old(arrays: dict[str, np.ndarray]) -> None:
         for leaf in ("weight", "bias"):
             del arrays[f"model.decoder.final_layer_norm.{leaf}"]
@@ -220,6 +225,7 @@ def test_two_names_for_one_tensor_are_an_error(tmp_path: Path):
 @pytest.mark.parametrize("dtype", MODELS)
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(FORMATS, FORMATS)))
 def test_rows_13_and_36_all_pairs_keep_every_bit(tmp_path: Path, source: str, target: str, dtype: str):
+    """transformers#12554, #12545, #12626, #37999 (wrong or no tensors), #31210, #32200, #20248, #17959 (no shards)."""
     expected = tensors(MODELS[dtype])
     for first, second in itertools.permutations(SHARD_SIZES):
         old, new, back = (tmp_path / f"{first}-{second}-{step}" for step in ("old", "new", "back"))
@@ -451,6 +457,7 @@ def test_records_of_torch_files_are_aligned(tmp_path: Path):
     assert reader.read(HEAD).__array_interface__ == reader.read("model.decoder.embed_tokens.weight").__array_interface__
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(0, 300),
     columns=st.integers(1, 300),

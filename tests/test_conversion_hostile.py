@@ -264,6 +264,7 @@ GADGETS: dict[str, bytes] = {
 @pytest.mark.parametrize("gadget", GADGETS)
 @pytest.mark.parametrize("container", ["zip", "old"])
 def test_pickles_that_would_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gadget: str, container: str):
+    """CVE-2025-32434, LlamaFactory#8379: OPT's own repositories have pickles, which need not be trusted to be read."""
     monkeypatch.chdir(tmp_path)
     pickled = GADGETS[gadget]
     old = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({"little_endian": True}, 2)

@@ -238,7 +238,11 @@ FOUR_FORMATS = SMALL_FILES | contents(UNWANTED) | contents(list(SINGLES.values()
 NO_SAFETENSORS = {name: content for name, content in FOUR_FORMATS.items() if "safetensors" not in name}
 LIKE_13B = SMALL_FILES | sharded("flax") | contents([SINGLES["flax"]])
 SECRET = "hf_thistokenisasecret"
+CLIENT_PIECE = 10 * 1024 * 1024
+"""Bytes that the client writes at a time; of what is cut, whole pieces are kept."""
+LARGE = bytes(CLIENT_PIECE) + b"end" * 1000
 REPOSITORIES = {
+    "org/large": Repository({"main": SMALL_FILES | {SINGLES["torch"]: LARGE}}),
     "org/four": Repository(
         {"main": FOUR_FORMATS, "v1": NO_SAFETENSORS, "refs/pr/7": SMALL_FILES | sharded("safetensors")}
     ),
@@ -264,8 +268,7 @@ def server() -> Iterator[StandInHub]:
 
 @pytest.fixture
 def hub(server) -> StandInHub:
-    server.requests.clear()
-    server.broken = False
+    server.reset()
     return server
 
 
@@ -305,6 +308,42 @@ def test_exactly_one_format_is_fetched(hub, client, tmp_path, *, name, prefer, e
     assert answer.directory.is_relative_to(tmp_path)
     for path in answer.directory.iterdir():
         assert path.read_bytes() == REPOSITORIES[name].revisions["main"][path.name]
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(hub, client, tmp_path):
+    hub.cut[SINGLES["torch"]] = CLIENT_PIECE + 1000
+    answer = client.resolve("org/large", cache_dir=str(tmp_path))
+    assert answer.error is None
+    assert hub.cut == {}
+    ranges = [request.range for request in hub.requests if request.range is not None]
+    assert ranges == [f"bytes={CLIENT_PIECE}-"]
+    assert hub.sent < len(LARGE) + 10_000, "what had come was not sent again"
+    assert (answer.directory / SINGLES["torch"]).read_bytes() == LARGE
+
+
+def test_after_a_failure_only_what_is_missing_is_fetched(hub, client, tmp_path):
+    missing = shards("torch")[1]
+    hub.failing.add(missing)
+    answer = client.resolve("org/sharded", cache_dir=str(tmp_path))
+    assert "failed" in answer.error
+    assert "Try again; the files that have come are kept." in answer.error
+    assert missing in hub.fetched()
+    come = set(hub.fetched()) - {missing}
+    hub.reset()
+    answer = client.resolve("org/sharded", cache_dir=str(tmp_path))
+    assert answer.error is None
+    everything = {*SMALL, *shards("torch"), FORMATS["torch"].index}
+    assert set(hub.fetched()) == everything - come
+    assert len(hub.fetched()) == len(set(hub.fetched()))
+    assert answer.files == sorted(everything)
+
+
+def test_one_of_three_formats_is_asked_for_and_once(hub, client, tmp_path):
+    """Every file of the chosen format is sent once, and no other is asked for at all, not even its size."""
+    assert client.resolve("org/three", prefer="tf", cache_dir=str(tmp_path)).error is None
+    asked = {name for request in hub.requests if "/resolve/" in request.path for name in [Path(request.path).name]}
+    assert asked == {*SMALL, SINGLES["tf"]}
+    assert len(hub.fetched()) == len(SMALL) + 1
 
 
 def test_nothing_is_fetched_twice(hub, client, tmp_path):

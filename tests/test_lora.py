@@ -298,6 +298,11 @@ def test_what_the_defaults_and_all_linear_mean():
     assert resolve_lora(config, LoraConfig(task_type="FEATURE_EXTRACTION"), CLASSIFIER).modules_to_save is None
 
 
+def test_a_model_in_few_bits_takes_no_adapter():
+    with pytest.raises(ConfigError, match=r"in few bits \(int8\)"):
+        resolve_lora(config_of("pre_ln").replace(quantization="int8"), LoraConfig(), "lm")
+
+
 UNSUPPORTED = {
     "use_dora": True,
     "lora_bias": True,

@@ -121,6 +121,7 @@ def same(a: Arrays, b: Arrays) -> bool:
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_rows_11_and_37_every_layout_reads_bit_equal(tmp_path: Path, model: str, fused: bool, parts: int | None):
+    """transformers#21519, #22526, metaseq#475, #691: K, V, Q is the order. metaseq#407, #695: parts need no merge."""
     arrays = weights(CONFIGS[model], "float16")
     directory = save(tmp_path / "a", CONFIGS[model], arrays, parts, fused=fused)
     assert same(read(directory), arrays)

@@ -9,9 +9,12 @@ an attribute `dtype` = "bfloat16" on the dataset: Keras and `transformers` read 
 gives back the very bits.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,19 @@ import numpy as np
 
 from conversion.dtypes import BY_NAME
 from conversion.formats.hdf5_structure import DamagedError, File, Object, check_apart
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, frozen, map_file, pieces, view
+from conversion.tensors import (
+    PIECE_BYTES,
+    Array,
+    ReadNative,
+    TensorInfo,
+    TensorSpec,
+    damaged,
+    fetch,
+    frozen,
+    map_file,
+    pieces,
+    view,
+)
 from opt_common.params import HEAD_MODULES, Scheme
 
 SCHEME: Scheme = "keras"
@@ -30,6 +45,7 @@ ATTRIBUTE_BYTES = 64512
 _KERAS_VERSION = "2.15.0"  # the last release of the Keras 2 whose layout this is
 _DTYPE_ATTRIBUTE = "dtype"
 _MAX_DEPTH = 32
+_ERRNO = re.compile(r"\berrno = (\d{1,4})")
 _BFLOAT16 = BY_NAME["bfloat16"].numpy
 _FLOAT32 = BY_NAME["float32"].numpy
 
@@ -72,10 +88,15 @@ class Hdf5Reader:
         raw = view(self._buffer, stored.start, stored.raw)
         if stored.info == stored.raw:
             return raw
-        bits = raw.view(np.uint32)
-        if (bits & 0xFFFF).any():
-            raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
-        return frozen((bits >> 16).astype(np.uint16).view(stored.info.dtype))
+        bits = raw.view(np.uint32).reshape(-1)
+        upper = np.empty(bits.size, np.uint16)
+        step = PIECE_BYTES // bits.itemsize
+        for start in range(0, bits.size, step):
+            piece = fetch(bits[start : start + step])
+            if (piece & 0xFFFF).any():
+                raise damaged(self._path, f"{name!r} is marked as bfloat16 but holds numbers that are not")
+            upper[start : start + step] = piece >> 16
+        return frozen(upper.view(stored.info.dtype).reshape(stored.info.shape))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.
@@ -107,7 +128,7 @@ def write(path: Path, tensors: Sequence[TensorSpec], read: ReadNative) -> None:
         read: gives the array of a name; it is called once for each, in order.
     """
     single = _is_single(tensors)
-    with h5py().File(path, "x", libver=("earliest", "v108")) as file:
+    with _system_errors(path), h5py().File(path, "x", libver=("earliest", "v108")) as file:
         offsets = {tensor.name: _create(file, _where(tensor.name, single), tensor.info) for tensor in tensors}
         _write_lists(file, [tensor.name for tensor in tensors], single)
     fill(path, offsets, tensors, read, lambda info: _raw_info(info).dtype)
@@ -209,6 +230,18 @@ def _stored(name: str, where: Object) -> _Stored:
 
 
 # Writing
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Generator[None]:
+    """HDF5 has what the system refuses in the text of a RuntimeError; here it is an OSError, as everywhere else."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = _ERRNO.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def _raw_info(info: TensorInfo) -> TensorInfo:

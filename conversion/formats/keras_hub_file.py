@@ -19,7 +19,7 @@ import numpy as np
 from conversion.dtypes import BY_NAME
 from conversion.formats.hdf5_file import allocate, fill, h5py
 from conversion.formats.keras_variables import KerasVariables, Variable
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, map_file
+from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, damaged, fetch, frozen, joined, map_file
 from opt_common.config import POSITION_OFFSET, OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.native_files import read_json
@@ -114,9 +114,8 @@ class KerasHubReader:
         if array.ndim == len(info.shape) and array.shape != info.shape:
             rows = np.zeros((POSITION_OFFSET, *array.shape[1:]), array.dtype)
             if self._front is not None:
-                rows[:] = self._held.read(self._front)
-            array = np.concatenate([rows, array])
-            array.flags.writeable = False
+                rows[:] = fetch(self._held.read(self._front))
+            array = frozen(joined([rows.reshape(-1), array.reshape(-1)], array.dtype))
         return array.reshape(info.shape)
 
     def close(self) -> None:

@@ -26,7 +26,18 @@ from conversion.dtypes import BY_NUMPY
 from conversion.formats import torch_file
 from conversion.formats.torch_file import TorchFile
 from conversion.formats.torch_pickle import Inert, StoredTensor
-from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, frozen, is_length, is_shape
+from conversion.tensors import (
+    Array,
+    ReadNative,
+    TensorInfo,
+    TensorSpec,
+    fetch,
+    fill,
+    frozen,
+    is_length,
+    is_shape,
+    joined,
+)
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.hub import MetaseqName, metaseq_files
 from opt_common.params import Scheme
@@ -361,7 +372,7 @@ def _window(pieces: Sequence[_Tensor], start: int, info: TensorInfo) -> Callable
             if first < last:
                 found.append(piece.read()[first:last])
             offset += piece.info.size
-        whole = found[0] if len(found) == 1 else np.concatenate([np.empty(0, info.dtype), *found])
+        whole = found[0] if len(found) == 1 else joined(found, info.dtype)
         return frozen(whole.reshape(info.shape))
 
     return read
@@ -434,7 +445,7 @@ def _together(parts: Sequence[_Tensors], directory: Path) -> _Tensors:
 
 def _is_copy(name: str, number: int, a: _Tensor, b: _Tensor) -> bool:
     """Whether two copies are the same; those that differ by rounding only are taken for the same, with a warning."""
-    one, other = np.ascontiguousarray(a.read()), np.ascontiguousarray(b.read())
+    one, other = np.ascontiguousarray(fetch(a.read())), np.ascontiguousarray(fetch(b.read()))
     if np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8)):
         return True
     if not BY_NUMPY[a.info.dtype].floating:
@@ -469,7 +480,7 @@ def _joined(pieces: Sequence[_Tensor], axis: int | None) -> _Tensor:
         for index, piece in enumerate(pieces):
             window = [slice(None)] * len(shape)
             window[axis] = slice(index * length, (index + 1) * length)
-            whole[tuple(window)] = piece.read()
+            fill(whole[tuple(window)], piece.read())
         return frozen(whole)
 
     return _Tensor(TensorInfo(info.dtype, shape), read)

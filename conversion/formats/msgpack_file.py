@@ -25,6 +25,7 @@ from conversion.tensors import (
     damaged,
     frozen,
     is_shape,
+    joined,
     map_file,
     pieces,
     view,
@@ -77,7 +78,7 @@ class MsgpackReader:
             view(self._buffer, start, TensorInfo(stored.info.dtype, (size // itemsize,)))
             for start, size in stored.chunks
         ]
-        return frozen(np.concatenate(parts).reshape(stored.info.shape))
+        return frozen(joined(parts, stored.info.dtype).reshape(stored.info.shape))
 
     def close(self) -> None:
         # The map itself goes when the last array that looks into it does.

@@ -21,6 +21,8 @@ import torch
 import transformers
 
 import opt_torch
+from opt_common import LoraConfig, OPTError
+from opt_torch.bits_and_bytes import quantize_base
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 TOLERANCE = 5e-5
@@ -137,6 +139,70 @@ def check_peft_model(task: str) -> Iterator[tuple[str, float]]:
     yield f"{task}: its weights are ours", max(float((a - b).abs().max()) for a, b in weights)
 
 
+def check_quantized(bits: int) -> Iterator[tuple[str, float]]:
+    """Base weights by bitsandbytes: what the layers compute, training of ours and PEFT's adapters on them, refusals."""
+    inputs = batch("plain")
+    model = opt_torch.OPTForCausalLM.from_pretrained("opt-tiny")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quantize_base(model, bits=bits)
+    layer = model.model.decoder.layers[0].fc1
+    stored = layer.weight.numel() * layer.weight.element_size()
+    weight = weights["model.decoder.layers.0.fc1.weight"]
+    yield (
+        f"{bits} bits: a weight of {weight.numel()} numbers takes {stored} bytes",
+        float(stored * 8 > weight.numel() * bits),
+    )
+    rounded = layer(torch.eye(layer.in_features)).detach().T - layer.bias.detach()[:, None]
+    worst = float((rounded - weight).abs().max() / weight.abs().max())
+    yield (
+        f"{bits} bits: rounding of a weight is {worst:.3f} of its largest number",
+        float(worst > (0.02 if bits == 8 else 0.2)),
+    )
+    embedding = model.model.decoder.embed_tokens.weight
+    yield (
+        f"{bits} bits: embeddings stay",
+        float(not torch.equal(embedding, weights["model.decoder.embed_tokens.weight"])),
+    )
+    for refused in (lambda: model.save_pretrained(tempfile.mkdtemp() + "/x"), lambda: quantize_base(model, bits=8)):
+        try:
+            refused()
+        except OPTError as error:
+            yield f"{bits} bits: refused: {error}", 0.0
+        else:
+            yield f"{bits} bits: not refused", 1.0
+    model.add_lora(LoraConfig(r=4, target_modules="all-linear"))
+    yield from falls(f"{bits} bits, our adapter", model, inputs)
+    yield f"{bits} bits: generates", float(model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] < 4)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as scratch:
+        expected = {"logits": model.eval()(**inputs).logits.numpy()}
+        model.save_adapter(scratch)
+        again = opt_torch.OPTForCausalLM.from_pretrained("opt-tiny")
+        quantize_base(again, bits=bits)
+        theirs = peft.PeftModel.from_pretrained(again, scratch).eval()
+        yield f"{bits} bits: our adapter in PEFT", difference(theirs(**inputs), expected, inputs["attention_mask"])
+    base = opt_torch.OPTForCausalLM.from_pretrained("opt-tiny")
+    quantize_base(base, bits=bits)
+    theirs = peft.get_peft_model(
+        peft.prepare_model_for_kbit_training(base), peft.LoraConfig(task_type="CAUSAL_LM", r=4)
+    )
+    yield from falls(f"{bits} bits, PEFT's adapter", theirs, inputs)
+
+
+def falls(what: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[tuple[str, float]]:
+    """Some steps of training."""
+    torch.manual_seed(0)
+    model.train()
+    optimizer = torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    yield f"{what}: the loss falls from {losses[0]:.3f} to {losses[-1]:.3f}", float(losses[-1] > losses[0] - 0.3)
+
+
 def main() -> int:
     """Print a row for each check; 1 if one is not right."""
     transformers.logging.set_verbosity_error()
@@ -145,6 +211,7 @@ def main() -> int:
     wrong = 0
     rows = [row for task in OURS for row in check_peft_model(task)]
     rows += check_written(Path(sys.argv[1]))
+    rows += [row for bits in (8, 4) for row in check_quantized(bits)]
     for what, value in rows:
         wrong += not value <= TOLERANCE
         print(f"{'ok' if value <= TOLERANCE else 'WRONG':6} {value:.1e}  {what}")
