@@ -10,16 +10,16 @@ from typing import Any
 
 from conversion.convert import Conversion, PlannedConversion, convert, merge_adapter, plan_conversion
 from conversion.doctor import PROBLEM, Diagnosis, doctor
+from conversion.function import FRAMEWORKS, REFERENCE
 from conversion.inspect import Inspection, inspect
 from conversion.plan import TARGETS
+from conversion.report import show_verification
 from conversion.target import no_room
-from conversion.verify import FunctionCheck, Verification, verify
+from conversion.verify import ALL, Verification, verify
 from opt_common.errors import OPTError
 
 OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
 """Exit codes; `_EPILOGUE` says them to users."""
-
-_SHOWN_PROBLEMS = 10
 
 _EPILOGUE = """\
 exit codes:
@@ -66,7 +66,10 @@ examples:
     "verify": """\
 examples:
   opt-convert verify my-model
-  opt-convert verify opt-125m-flax --against facebook/opt-125m
+  opt-convert verify opt-125m-flax facebook/opt-125m
+  opt-convert verify my-model --framework all
+  opt-convert verify my-model --json > my-model.verified.json
+  opt-convert verify my-copy my-model.verified.json
 """,
 }
 
@@ -143,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say what would be written and how much of the disk it takes; write nothing",
     )
     command.add_argument("--verify", action="store_true", help="compare DST with SRC afterwards, as the command verify")
+    _add_framework(command)
     _add_common(command)
 
     command = add("merge-adapter", _run_merge_adapter, "write a base model with a LoRA adapter merged into its weights")
@@ -159,7 +163,14 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "verify", _run_verify, "check that a checkpoint is whole, and that it holds the same model as another"
     )
-    command.add_argument("--against", metavar="OTHER", help="directory, weight file or hub id to compare with")
+    command.add_argument(
+        "other",
+        metavar="OTHER",
+        nargs="?",
+        help="directory, weight file or hub id to compare with, or a .json that verify --json printed of one",
+    )
+    command.add_argument("--against", metavar="OTHER", help="another way to name OTHER")
+    _add_framework(command)
     command.add_argument(
         "--function",
         action=argparse.BooleanOptionalAction,
@@ -183,6 +194,17 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with what an interrupted run of the same command left beside DST"
     )
     command.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
+
+
+def _add_framework(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--framework",
+        action="append",
+        default=[],
+        choices=(REFERENCE, *FRAMEWORKS, ALL),
+        help="compute the same ids there too, and hold it against the NumPy reference; all: whatever is installed; "
+        "may be repeated",
+    )
 
 
 def _add_common(command: argparse.ArgumentParser) -> None:
@@ -218,7 +240,13 @@ def _run_convert(arguments: argparse.Namespace) -> int:
     result = convert(arguments.src, arguments.dst, arguments.to, **options)
     verification = None
     if arguments.verify:
-        verification = verify(arguments.src, result.target, config=arguments.config, **_hub(arguments))
+        verification = verify(
+            arguments.src,
+            result.target,
+            frameworks=arguments.framework,
+            config=arguments.config,
+            **_hub(arguments),
+        )
     _show_conversion(result, verification, arguments)
     return OK if verification is None or verification.holds else DIFFERENT
 
@@ -256,7 +284,7 @@ def _show_conversion(result: Conversion, verification: Verification | None, argu
         for name in result.files:
             print(f"  {name}")
         if verification is not None:
-            _show_verification(verification)
+            show_verification(verification)
 
 
 def _show_plan(plan: PlannedConversion, arguments: argparse.Namespace) -> int:
@@ -301,13 +329,20 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
+    if arguments.other is not None and arguments.against is not None:
+        return _failed("OTHER is named twice. Name it once.")
     result = verify(
-        arguments.src, arguments.against, function=arguments.function, config=arguments.config, **_hub(arguments)
+        arguments.src,
+        arguments.other if arguments.against is None else arguments.against,
+        function=arguments.function,
+        frameworks=arguments.framework,
+        config=arguments.config,
+        **_hub(arguments),
     )
     if arguments.json:
         _print_json(result.to_dict())
     else:
-        _show_verification(result)
+        show_verification(result)
     return OK if result.holds else DIFFERENT
 
 
@@ -333,40 +368,6 @@ def _show_inspection(result: Inspection) -> None:
         print(f"  {pattern:50} {tensor.dtype:9} {list(tensor.shape)}{many}")
     if result.problem is not None:
         print(f"\nThis checkpoint would not load. {result.problem}")
-
-
-def _show_verification(result: Verification) -> None:
-    if result.against is None:
-        print(f"{result.source}: {result.tensors} tensors")
-    else:
-        print(f"{result.source} against {result.against}: {result.tensors} tensors")
-        for verdict, meaning in (
-            ("equal", "the same bits"),
-            ("rounded", "the same after rounding to the narrower dtype"),
-            ("differs", "different"),
-        ):
-            if count := sum(check.verdict == verdict for check in result.checks):
-                print(f"  {count:6} {meaning}")
-    if result.function is not None:
-        _show_function(result.function)
-    for problem in result.problems[:_SHOWN_PROBLEMS]:
-        print(f"  problem: {problem}")
-    if (more := len(result.problems) - _SHOWN_PROBLEMS) > 0:
-        print(f"  and {more} more problems; --json lists all")
-    print("holds" if result.holds else "DOES NOT HOLD")
-
-
-def _show_function(check: FunctionCheck) -> None:
-    print("  max |difference| in the NumPy reference (float64)")
-    last = len(check.hidden_states) - 1
-    for index, value in enumerate(check.hidden_states):
-        name = "embeddings" if index == 0 else "last hidden state" if index == last else f"layer {index - 1}"
-        first = "   <- first difference" if index == check.first_divergent else ""
-        print(f"    {name:18} {value:.3e}{first}")
-    print(f"    {'logits':18} {check.logits:.3e}")
-    print(f"  highest logit agrees at {check.top1_agreement:.1%} of the positions")
-    if check.greedy:
-        print(f"  greedy continuation {'equal' if check.greedy_equal else 'DIFFERENT'}")
 
 
 def _bytes(count: float) -> str:

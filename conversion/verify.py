@@ -1,31 +1,51 @@
 """Is a checkpoint whole, and does it hold the same model as another one?
 
 Three questions, in this order: do the tensors fit the configuration and hold finite numbers; are they those of the
-other checkpoint, bit by bit; and does the model compute the same, layer by layer, in the NumPy reference?
+other checkpoint, bit by bit; and does the model compute the same, layer by layer, in the NumPy reference and in the
+frameworks?
 """
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from conversion.canonical import EMBEDDING, HEAD
+from conversion.canonical import HEAD
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
 from conversion.convert import locate
-from conversion.tensors import Array, contiguous, to_dtype
+from conversion.digests import Digest, digest, row_blocks, saved_digests
+from conversion.function import (
+    FRAMEWORKS,
+    REFERENCE,
+    TOLERANCE,
+    FunctionCheck,
+    Run,
+    compare,
+    computes,
+    difference,
+    inputs_for,
+    is_installed,
+    last_layer_differs,
+    run_framework,
+    run_reference,
+    source_of,
+    tokenizer_of,
+)
+from conversion.tensors import Array, to_dtype
 from opt_common.config import OPTConfig
-from opt_common.errors import CheckpointError
+from opt_common.errors import CheckpointError, MissingFrameworkError
+from opt_common.hub import CONFIG_FILE
 from opt_common.params import ARCHITECTURES, Parameter, count_parameters, parameter_table
-from opt_common.reference import answer, classify, decode, forward, generate_greedy
 
 LARGEST_FUNCTION = 200_000_000
 """Parameters up to which the function is checked unasked; the float64 reference is slow beyond."""
 
-_SEED = 0
-_BATCH, _LENGTH, _NEW_TOKENS = 2, 16, 8
-_ROWS_BYTES = 64 << 20
+ALL = "all"
+"""Asks for the reference and every framework that is installed."""
+
 _DESCRIPTIVE = (
     *("dtype", "extra", "init_std", "use_cache", "dropout", "attention_dropout", "layerdrop"),
     *("num_labels", "id2label", "label2id", "problem_type"),  # a differing number shows in the head's shape
@@ -50,29 +70,6 @@ class TensorCheck:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FunctionCheck:
-    """How two models compute on the same seeded ids, of which the second row is padded on the left; float64.
-
-    Attributes:
-        hidden_states: max |difference| over attended positions, for the embeddings, each layer's output and the last
-            hidden state.
-        first_divergent: index in `hidden_states` of the first that isn't zero, or None.
-        logits: max |difference| of the logits over attended positions; of a sequence classifier, over rows.
-        top1_agreement: share of attended positions with the same likeliest token; of a sequence classifier, share of
-            rows with the same highest logit; of question answering, share of ends of the same answer.
-        greedy_equal: whether both continue both rows with the same tokens; true if they are no language models.
-        greedy: the tokens of the checkpoint, one row for each row of the batch; empty without a language model.
-    """
-
-    hidden_states: tuple[float, ...]
-    first_divergent: int | None
-    logits: float
-    top1_agreement: float
-    greedy_equal: bool
-    greedy: tuple[tuple[int, ...], ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
     """Result of `verify`.
 
@@ -82,7 +79,9 @@ class Verification:
         tensors: number of tensors that the source should have.
         problems: everything that does not hold, a sentence each.
         checks: the comparison of each tensor; empty without `against`.
-        function: the comparison of what is computed; None where it was not asked for or not possible.
+        digests: what each tensor of the source is, by canonical name.
+        function: the two checkpoints in the reference; None where it was not asked for or not possible.
+        frameworks: each checkpoint in each framework that was asked for, held against the reference.
     """
 
     source: str
@@ -90,7 +89,9 @@ class Verification:
     tensors: int
     problems: tuple[str, ...]
     checks: tuple[TensorCheck, ...]
+    digests: Mapping[str, Digest]
     function: FunctionCheck | None
+    frameworks: tuple[FunctionCheck, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -107,6 +108,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     *,
     function: bool | None = None,
+    frameworks: Sequence[str] = (),
     config: str | os.PathLike[str] | None = None,
     **hub: Any,
 ) -> Verification:
@@ -114,59 +116,164 @@ def verify(
 
     Args:
         src: a directory, a weight file, or a hub id.
-        against: another one, or None.
+        against: another one; or a `.json` file that `opt-convert verify --json` printed of one; or None.
         function: whether to compute both models in the NumPy reference; None means if they are small enough
             (`LARGEST_FUNCTION`) and there is something to compare with.
+        frameworks: "torch", "tf" and "flax": compute each checkpoint there too, and hold it against the reference;
+            `ALL` means those that are installed.
         config: a configuration file to use in place of the one beside the weights of `src`.
         **hub: arguments of `opt_common.hub.resolve`, for both.
 
     Raises:
         ConfigError: if a configuration can't be read.
         CheckpointError: if a file can't be read. What can be read but is wrong is a problem of the result.
+        MissingFrameworkError: if a framework that is asked for is not installed.
     """
-    with open_checkpoint(locate(src, config=config, **hub), config=config) as ours:
-        table = _table(ours)
-        problems = [*_structure(ours, table)]
+    chosen = _chosen(frameworks)
+    path = locate(src, config=config, **hub)
+    with open_checkpoint(path, config=config) as ours:
+        subject = _Subject(str(src), path, ours)
+        problems = subject.structure()
         checks: list[TensorCheck] = []
         check: FunctionCheck | None = None
-        if against is not None:
-            with open_checkpoint(locate(against, **hub)) as theirs:
+        framework_checks: list[FunctionCheck] = []
+        wanted = function if function is not None else count_parameters(ours.config) <= LARGEST_FUNCTION
+        if against is not None and _is_saved(against):
+            checks = list(_against_digests(subject.digests, saved_digests(Path(against)), subject.table))
+            problems += [_sentence(check) for check in checks if check.verdict == "differs"]
+        elif against is not None:
+            other = locate(against, **hub)
+            with open_checkpoint(other) as theirs:
+                second = _Subject(str(against), other, theirs)
                 structure = [
-                    *_structure(theirs, _table(theirs)),
+                    *second.structure(),
                     *_head_difference(ours, theirs),
                     *_config_differences(ours.config, theirs.config),
                 ]
+                checks = [_compare(name, ours, theirs) for name in _common(ours, theirs, subject.table)]
+                sound = not problems and not structure
                 problems += [f"{against}: {problem}" for problem in structure]
-                checks = [_compare(name, ours, theirs) for name in _common(ours, theirs, table)]
                 problems += [_sentence(check) for check in checks if check.verdict == "differs"]
-                wanted = function if function is not None else count_parameters(ours.config) <= LARGEST_FUNCTION
-                if wanted and not structure and not _structure(ours, table):
-                    check = _function(ours, theirs)
+                if wanted and sound:
+                    check = _function(subject, second)
+                if sound:
+                    framework_checks += second.in_frameworks(chosen)
+                    problems += second.refused
+        if not subject.problems:
+            framework_checks[:0] = subject.in_frameworks(chosen)
+            problems += subject.refused
+        problems += [_divergence(check) for check in framework_checks if not check.holds]
         return Verification(
             source=os.fspath(src),
             against=None if against is None else os.fspath(against),
-            tensors=len(table),
+            tensors=len(subject.table),
             problems=tuple(problems),
             checks=tuple(checks),
+            digests=subject.digests,
             function=check,
+            frameworks=tuple(framework_checks),
         )
 
 
-def _table(checkpoint: Checkpoint) -> tuple[Parameter, ...]:
-    return parameter_table(checkpoint.config, head=checkpoint.head)
+def _chosen(frameworks: Sequence[str]) -> tuple[str, ...]:
+    """The frameworks to compute in, in the order of the table.
+
+    Raises:
+        MissingFrameworkError: for one that is named and not installed.
+    """
+    if unknown := [name for name in frameworks if name not in (*FRAMEWORKS, REFERENCE, ALL)]:
+        expected = ", ".join((REFERENCE, *FRAMEWORKS, ALL))
+        raise CheckpointError(f"frameworks has {', '.join(unknown)}, expected some of {expected}.")
+    if missing := [name for name in FRAMEWORKS if name in frameworks and not is_installed(name)]:
+        extras = ",".join(missing)
+        raise MissingFrameworkError(f"{extras}: not installed. Run `pip install 'opt-models[{extras}]'`.")
+    return tuple(name for name in FRAMEWORKS if name in frameworks or (ALL in frameworks and is_installed(name)))
 
 
-def _structure(checkpoint: Checkpoint, table: tuple[Parameter, ...]) -> list[str]:
-    """What a checkpoint lacks or has too much, and which tensors hold numbers that are none."""
-    try:
-        checked_parameters(checkpoint, table, other_heads=False)
-    except CheckpointError as error:
-        return [str(error)]
-    return [
-        f"{name} holds numbers that are not finite."
-        for name in checkpoint.names
-        if not all(np.isfinite(rows).all() for rows in _rows(checkpoint.read(name)))
-    ]
+def _is_saved(against: str | os.PathLike[str]) -> bool:
+    """Whether a path is what `--json` printed, and not a configuration or an index, which stand for weights."""
+    path = Path(against)
+    return path.suffix == ".json" and not path.name.endswith((".index.json", CONFIG_FILE)) and path.is_file()
+
+
+class _Subject:
+    """A checkpoint that is verified: where it is, its tensors' digests, and what the reference computes of it."""
+
+    def __init__(self, name: str, path: Path, checkpoint: Checkpoint) -> None:
+        self.name, self.path, self.checkpoint = name, path, checkpoint
+        self.table = parameter_table(checkpoint.config, head=checkpoint.head)
+        self.digests: dict[str, Digest] = {}
+        self.problems: list[str] = []
+        self.refused: list[str] = []
+        self.tokenizer = tokenizer_of(path)
+        self.inputs = inputs_for(checkpoint.config, self.tokenizer)
+        self._run: Run | None = None
+
+    def structure(self) -> list[str]:
+        """What a checkpoint lacks or has too much, and which tensors hold numbers that are none."""
+        try:
+            checked_parameters(self.checkpoint, self.table, other_heads=False)
+        except CheckpointError as error:
+            self.problems.append(str(error))
+            return list(self.problems)
+        for name in self.checkpoint.names:
+            self.digests[name], finite = digest(self.checkpoint, name)
+            if not finite:
+                self.problems.append(f"{name} holds numbers that are not finite.")
+        return list(self.problems)
+
+    def run(self) -> Run:
+        """What the reference computes, once."""
+        if self._run is None:
+            self._run = run_reference(self.checkpoint, self.inputs)
+        return self._run
+
+    def in_frameworks(self, frameworks: Sequence[str]) -> list[FunctionCheck]:
+        """The checkpoint in each framework, held against the reference."""
+        checks: list[FunctionCheck] = []
+        for framework in frameworks if computes(self.checkpoint) else ():
+            try:
+                run = run_framework(framework, self.path, self.checkpoint, self.inputs)
+            except CheckpointError as error:
+                self.refused.append(str(error))
+                continue
+            names = (self.name, framework, f"{self.name} in the reference")
+            checks.append(
+                compare(
+                    run,
+                    self.run(),
+                    names=names,
+                    tolerance=TOLERANCE,
+                    inputs=self.inputs,
+                    tokenizer=self.tokenizer,
+                )
+            )
+        return checks
+
+
+def _function(ours: _Subject, theirs: _Subject) -> FunctionCheck | None:
+    """Compute both models in the reference; None where one has no head to compute logits with."""
+    if not computes(ours.checkpoint) or not computes(theirs.checkpoint):
+        return None
+    # One and the same input for both, whichever of them has a tokenizer.
+    theirs.inputs = ours.inputs
+    names = (ours.name, REFERENCE, f"{theirs.name} in the reference")
+    check = compare(ours.run(), theirs.run(), names=names, tolerance=0.0, inputs=ours.inputs, tokenizer=ours.tokenizer)
+    last = len(check.hidden_states) - 1
+    if check.first_divergent != last:
+        return check
+    # The last hidden state is that of the last layer and of what follows it: find out which of them it is.
+    differs = last_layer_differs(ours.checkpoint, theirs.checkpoint, ours.inputs)
+    return dataclasses.replace(check, first_layer=f"layer {last - 1}" if differs else "final norm or projection")
+
+
+def _divergence(check: FunctionCheck) -> str:
+    where = f"first at {check.first_layer}" if check.first_layer else "in the logits"
+    largest = max(*check.hidden_states, check.logits)
+    return (
+        f"{check.checkpoint}: {check.framework} computes something else than the reference, {where}: "
+        f"max |difference| {largest:.3g}."
+    )
 
 
 def _head_difference(ours: Checkpoint, theirs: Checkpoint) -> Iterator[str]:
@@ -191,37 +298,36 @@ def _common(ours: Checkpoint, theirs: Checkpoint, table: tuple[Parameter, ...]) 
     names = [parameter.name for parameter in table if parameter.name in ours.names]
     if HEAD in theirs.names and HEAD not in names:
         names.append(HEAD)
-    return [name for name in names if _source(ours, name) and _source(theirs, name)]
-
-
-def _source(checkpoint: Checkpoint, name: str) -> str | None:
-    """Under which name a checkpoint holds a tensor; a tied head is the token table."""
-    if name in checkpoint.names:
-        return name
-    return EMBEDDING if name == HEAD and checkpoint.config.tie_word_embeddings else None
+    return [name for name in names if source_of(ours, name) and source_of(theirs, name)]
 
 
 def _compare(name: str, ours: Checkpoint, theirs: Checkpoint) -> TensorCheck:
-    arrays = [checkpoint.read(_source(checkpoint, name) or name) for checkpoint in (ours, theirs)]
+    arrays = [checkpoint.read(source_of(checkpoint, name) or name) for checkpoint in (ours, theirs)]
     mine, other = arrays
     dtypes = (mine.dtype.name, other.dtype.name)
     if mine.shape != other.shape:
         return TensorCheck(name=name, verdict="differs", dtypes=dtypes, max_difference=float("inf"))
     equal, largest = True, 0.0
-    for a, b in zip(_rows(mine), _rows(other), strict=True):
+    for a, b in zip(row_blocks(mine), row_blocks(other), strict=True):
         if not _same_bits(name, a, b):
             equal = False
         if not equal or mine.dtype != other.dtype:
-            largest = max(largest, _difference(a, b))
+            largest = max(largest, difference(a, b))
     verdict = ("equal" if mine.dtype == other.dtype else "rounded") if equal else "differs"
     return TensorCheck(name=name, verdict=verdict, dtypes=dtypes, max_difference=largest)
 
 
-def _rows(array: Array) -> Iterator[Array]:
-    """An array a few rows at a time, C-contiguous; the same rows for arrays of one shape."""
-    step = max(1, _ROWS_BYTES // max(1, array[:1].size * 8))
-    for start in range(0, len(array), step):
-        yield contiguous(array[start : start + step])
+def _against_digests(
+    digests: Mapping[str, Digest], saved: Mapping[str, Digest], table: Sequence[Parameter]
+) -> Iterator[TensorCheck]:
+    """Compare with digests that were saved: the same bits, or not; nobody can say by how much."""
+    names = [parameter.name for parameter in table if parameter.name in digests]
+    for name in [*names, *(name for name in saved if name not in digests)]:
+        mine, other = digests.get(name), saved.get(name)
+        dtypes = (mine.dtype if mine else "absent", other.dtype if other else "absent")
+        verdict = "equal" if mine == other else "differs"
+        largest = 0.0 if verdict == "equal" else float("nan")
+        yield TensorCheck(name=name, verdict=verdict, dtypes=dtypes, max_difference=largest)
 
 
 def _same_bits(name: str, a: Array, b: Array) -> bool:
@@ -235,96 +341,8 @@ def _same_bits(name: str, a: Array, b: Array) -> bool:
     return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
-def _difference(a: Array, b: Array) -> float:
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    return float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
-
-
 def _sentence(check: TensorCheck) -> str:
-    return f"{check.name} differs ({' and '.join(check.dtypes)}): max |difference| {check.max_difference:.3g}."
-
-
-class _Lazy(Mapping[str, Array]):
-    """The tensors of a checkpoint, read when they are asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def __getitem__(self, name: str) -> Array:
-        # One memory layout, whatever the format's: BLAS rounds a transposed matrix differently.
-        return contiguous(self._checkpoint.read(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._checkpoint.names)
-
-    def __len__(self) -> int:
-        return len(self._checkpoint.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._checkpoint.names
-
-
-def _function(ours: Checkpoint, theirs: Checkpoint) -> FunctionCheck | None:
-    """Compute both models; None where one has no head to compute logits with."""
-    both = (ours, theirs)
-    if ours.head == theirs.head and ours.head in ("sequence_classification", "question_answering"):
-        return _head_function(ours, theirs)
-    if any(_source(checkpoint, HEAD) is None for checkpoint in both):
-        return None
-    ids_BT, mask_BT = _batch(ours.config)
-    mine, other = (forward(checkpoint.config, _Lazy(checkpoint), ids_BT, mask_BT) for checkpoint in both)
-    attended_BT = mask_BT.astype(bool)
-    states = tuple(
-        _difference(a[attended_BT], b[attended_BT])
-        for a, b in zip(mine.hidden_states, other.hidden_states, strict=True)
-    )
-    tops = [output.logits[attended_BT].argmax(-1) for output in (mine, other)]
-    steps = min(_NEW_TOKENS, ours.config.max_position_embeddings - ids_BT.shape[1])
-    greedy = [generate_greedy(checkpoint.config, _Lazy(checkpoint), ids_BT, mask_BT, steps) for checkpoint in both]
-    return FunctionCheck(
-        hidden_states=states,
-        first_divergent=next((index for index, value in enumerate(states) if value > 0), None),
-        logits=_difference(mine.logits[attended_BT], other.logits[attended_BT]),
-        top1_agreement=float((tops[0] == tops[1]).mean()),
-        greedy_equal=bool(np.array_equal(greedy[0], greedy[1])),
-        greedy=tuple(tuple(int(token) for token in row) for row in greedy[0][:, ids_BT.shape[1] :]),
-    )
-
-
-def _head_function(ours: Checkpoint, theirs: Checkpoint) -> FunctionCheck:
-    """Compute both decoders and their heads."""
-    ids_BT, mask_BT = _batch(ours.config)
-    attended_BT = mask_BT.astype(bool)
-    decoded: list[tuple[Array, ...]] = []
-    logits: list[Array] = []
-    tops: list[Array] = []
-    for checkpoint in (ours, theirs):
-        weights = _Lazy(checkpoint)
-        decoded.append(decode(checkpoint.config, weights, ids_BT, mask_BT)[0])
-        if ours.head == "sequence_classification":
-            logits.append(classify(checkpoint.config, weights, ids_BT, mask_BT).logits)
-            tops.append(logits[-1].argmax(-1))
-        else:
-            found = answer(checkpoint.config, weights, ids_BT, mask_BT)
-            ends_2BT = np.stack([found.start_logits, found.end_logits])
-            logits.append(ends_2BT[:, attended_BT])
-            tops.append(np.where(attended_BT, ends_2BT, -np.inf).argmax(-1))
-    states = tuple(_difference(a[attended_BT], b[attended_BT]) for a, b in zip(*decoded, strict=True))
-    return FunctionCheck(
-        hidden_states=states,
-        first_divergent=next((index for index, value in enumerate(states) if value > 0), None),
-        logits=_difference(*logits),
-        top1_agreement=float((tops[0] == tops[1]).mean()),
-        greedy_equal=True,
-        greedy=(),
-    )
-
-
-def _batch(config: OPTConfig) -> tuple[Array, Array]:
-    """Seeded ids (B, T) and a mask (B, T) whose second row begins with padding."""
-    length = min(_LENGTH, config.max_position_embeddings)
-    ids_BT = np.random.default_rng(_SEED).integers(0, config.vocab_size, (_BATCH, length))
-    mask_BT = np.ones_like(ids_BT)
-    mask_BT[1, : length // 4] = 0
-    return ids_BT, mask_BT
+    if check.dtypes[0] != check.dtypes[1] and "absent" in check.dtypes:
+        return f"{check.name} is {' and '.join(check.dtypes)} in the two."
+    by = "other bits" if np.isnan(check.max_difference) else f"max |difference| {check.max_difference:.3g}"
+    return f"{check.name} differs ({' and '.join(check.dtypes)}): {by}."

@@ -10,12 +10,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from opt_common import cli_generate
 from opt_common.errors import OPTError
 from opt_common.hub import BUNDLED_MODEL
+from opt_common.params import ARCHITECTURES
 from opt_common.pretrained import MODEL_DTYPES
+from opt_common.states import write_states
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 """Exit codes; argparse itself ends with 2 on a wrong command line."""
@@ -107,4 +110,20 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     generate.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
     generate.add_argument("--token", help="access token of the hub")
     generate.add_argument("--offline", action="store_true", help="use only what is already there")
+    _add_states(commands.add_parser("states", help="logits and hidden states of given ids, for opt-convert verify"))
     return parser
+
+
+def _add_states(states: argparse.ArgumentParser) -> None:
+    states.description = "Compute given ids, and write logits, hidden states and greedy tokens to a file."
+    states.set_defaults(command=_states)
+    states.add_argument("model", metavar="DIRECTORY", help="a checkpoint of any format")
+    states.add_argument("inputs", metavar="INPUTS", help="an .npz with ids, mask, prompt, prompt_mask and steps")
+    states.add_argument("outputs", metavar="OUTPUTS", help="the .npz to write")
+    states.add_argument("--architecture", choices=tuple(ARCHITECTURES.values()), default=ARCHITECTURES["lm"])
+    states.add_argument("--dtype", choices=MODEL_DTYPES, default="float64", help="dtype of the arithmetic")
+
+
+def _states(program: Program, arguments: argparse.Namespace) -> None:
+    model = program.load(arguments.model, dtype=arguments.dtype, architecture=arguments.architecture)
+    write_states(model, program.tensors, Path(arguments.inputs), Path(arguments.outputs))

@@ -11,8 +11,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(Program(name="opt-flax", framework="JAX", tensors="jax", load=load), argv)
 
 
-def load(path_or_id: str, **options: Any) -> Any:
-    """The language model; its framework is imported only now."""
-    from opt_flax import FlaxOPTForCausalLM
+def load(path_or_id: str, *, architecture: str = "OPTForCausalLM", **options: Any) -> Any:
+    """The model of a class; its framework is imported only now."""
+    import opt_flax
 
-    return FlaxOPTForCausalLM.from_pretrained(path_or_id, **options)
+    return getattr(opt_flax, "Flax" + architecture).from_pretrained(path_or_id, **options)

@@ -13,12 +13,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(Program(name="opt-tf", framework="TensorFlow", tensors="tf", load=load), argv)
 
 
-def load(path_or_id: str, **options: Any) -> Any:
-    """The language model; its framework is imported only now."""
+def load(path_or_id: str, *, architecture: str = "OPTForCausalLM", **options: Any) -> Any:
+    """The model of a class; its framework is imported only now."""
     with quiet_import():
-        from opt_tf import TFOPTForCausalLM
+        import opt_tf
 
-    return TFOPTForCausalLM.from_pretrained(path_or_id, **options)
+    return getattr(opt_tf, "TF" + architecture).from_pretrained(path_or_id, **options)
 
 
 @contextlib.contextmanager

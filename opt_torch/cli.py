@@ -11,8 +11,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(Program(name="opt-torch", framework="PyTorch", tensors="pt", load=load), argv)
 
 
-def load(path_or_id: str, **options: Any) -> Any:
-    """The language model; its framework is imported only now."""
-    from opt_torch import OPTForCausalLM
+def load(path_or_id: str, *, architecture: str = "OPTForCausalLM", **options: Any) -> Any:
+    """The model of a class; its framework is imported only now."""
+    import opt_torch
 
-    return OPTForCausalLM.from_pretrained(path_or_id, **options)
+    return getattr(opt_torch, architecture).from_pretrained(path_or_id, **options)

@@ -104,10 +104,10 @@ class _Worker:
 
 
 def fuzz(seed: int, count: int, workers: int, *, progress: bool = False, work: Work | None = None) -> Totals:
-    """Do the inputs 0 to `count` - 1, by `do_inputs` or another function of a module."""
+    """Do the inputs 0 to `count` - 1, by `do_inputs` or another function of a module; `progress` prints on the way."""
     totals = Totals()
     running = [_Worker(work or do_inputs, seed, range(first, count, workers)) for first in range(workers)]
-    shown = time.monotonic()
+    shown, told = time.monotonic(), 0
     while running:
         ready = wait([worker.pipe for worker in running], timeout=1)
         for worker in list(running):
@@ -123,6 +123,10 @@ def fuzz(seed: int, count: int, workers: int, *, progress: bool = False, work: W
                 kind, _ = make(seed, worker.current)
                 totals.add(worker.current, Outcome(kind, "", result, f"the process ended with code {code}"))
                 running.append(worker.after())
+        for number, outcome in totals.findings[told:] if progress else ():
+            where = f"input {number} ({outcome.kind}, {outcome.action})"
+            print(f"{where}: {outcome.result}\n{outcome.detail}", flush=True)
+        told = len(totals.findings)
         if progress and time.monotonic() - shown > 10:
             shown = time.monotonic()
             print(f"{totals.done:7} of {count}, {len(totals.findings)} findings", file=sys.stderr, flush=True)
@@ -164,8 +168,6 @@ def main() -> int:
         return int(outcome.is_finding)
     started = time.monotonic()
     totals = fuzz(arguments.seed, arguments.count, arguments.workers, progress=True)
-    for number, outcome in totals.findings:
-        print(f"input {number} ({outcome.kind}, {outcome.action}): {outcome.result}\n{outcome.detail}\n")
     print(table(totals, time.monotonic() - started))
     return int(bool(totals.findings))
 
