@@ -1,6 +1,7 @@
 """What the OPT models have in common, whatever the framework: configuration, parameters, tokenizer, decoding rules."""
 
 from opt_common.config import OPTConfig
+from opt_common.constraints import DisjunctiveConstraint, PhrasalConstraint
 from opt_common.errors import (
     CheckpointError,
     ConfigError,
@@ -19,6 +20,7 @@ from opt_common.watermark import WatermarkDetector, WatermarkingConfig
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DisjunctiveConstraint",
     "GenerationConfig",
     "GenerationError",
     "InputError",
@@ -27,6 +29,7 @@ __all__ = [
     "OPTConfig",
     "OPTError",
     "OPTTokenizer",
+    "PhrasalConstraint",
     "TextIteratorStreamer",
     "TextStreamer",
     "TokenizerError",

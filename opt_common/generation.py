@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
 from opt_common.decoding import Arrays, Decoder, Generated, Ids, Past, Prompt, Reader, collect, decode_tokens
 from opt_common.errors import GenerationError, join_problems
@@ -21,7 +22,7 @@ from opt_common.generation_config import GenerationConfig
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
 from opt_common.stopping import Stopping
-from opt_common.strategies import KEEPS_CACHE
+from opt_common.strategies import BEAM_STRATEGIES, KEEPS_CACHE, SAMPLING_STRATEGIES
 from opt_common.streaming import Streamer
 
 DEFAULT_MAX_LENGTH = 20
@@ -34,6 +35,8 @@ def run(decoder: Decoder, prompt: Prompt, settings: GenerationConfig, streamer: 
     Raises:
         GenerationError: where a row has no token to go on with.
     """
+    if settings.strategy in BEAM_STRATEGIES:
+        return search(Reader(decoder, prompt, use_cache=settings.use_cache), prompt, settings)
     steps = token_steps(decoder, prompt, settings)
     return collect(steps if streamer is None else streamed(steps, prompt, streamer))
 
@@ -109,7 +112,7 @@ def read_prompt(
     past_key_values: Any = None,
     stopping: Stopping | None = None,
 ) -> Prompt:
-    """Check prompts and bring them into the decoders' form, each as often as it is to be continued.
+    """Check prompts and bring them into the decoders' form, each as often as it is to be continued by itself.
 
     Args:
         config: the model's configuration.
@@ -137,7 +140,7 @@ def read_prompt(
     # has stays where it is.
     order_BT = np.argsort(mask_BT[:, start:], axis=1, kind="stable") + start
     order_BT = np.concatenate([np.broadcast_to(np.arange(start), (rows, start)), order_BT], axis=1)
-    copies = settings.num_return_sequences
+    copies = settings.copies
     order_BT, ids_BT, mask_BT = (np.repeat(array_BT, copies, axis=0) for array_BT in (order_BT, ids_BT, mask_BT))
     ids_BT, mask_BT = (np.take_along_axis(array_BT, order_BT, axis=1) for array_BT in (ids_BT, mask_BT))
     if embeds_BTE is not None:
@@ -154,8 +157,14 @@ def read_prompt(
             functions=functions,
         ),
         uniforms=(
-            draw_uniforms(ids_BT if embeds_BTE is None else embeds_BTE, mask_BT, new_tokens, settings.seed)
-            if settings.do_sample
+            draw_uniforms(
+                ids_BT if embeds_BTE is None else embeds_BTE,
+                mask_BT,
+                new_tokens,
+                settings.seed,
+                draws=continuations(settings) if settings.strategy in BEAM_STRATEGIES else 1,
+            )
+            if settings.strategy in SAMPLING_STRATEGIES
             else None
         ),
         stopping=Stopping(eos_token_id=settings.eos_token_id) if stopping is None else stopping,
@@ -251,7 +260,7 @@ def _read_past(config: OPTConfig, settings: GenerationConfig, past_key_values: A
     past = Past(
         cache=past_key_values,
         length=min(held, int(last_B.min())),
-        rows_B=np.repeat(rows_B, settings.num_return_sequences),
+        rows_B=np.repeat(rows_B, settings.copies),
     )
     return past if past.length else None
 

@@ -10,10 +10,17 @@ from typing import Any, Self, cast
 import numpy as np
 
 from opt_common.config import OPTConfig
+from opt_common.constraints import Constraint, DisjunctiveConstraint, PhrasalConstraint
 from opt_common.errors import GenerationError, join_problems
 from opt_common.json_file import UnreadableError, read_json
 from opt_common.native_files import home_of
-from opt_common.strategies import TOKEN_BY_TOKEN, strategy_of, useless_settings
+from opt_common.strategies import (
+    BEAM_STRATEGIES,
+    TOKEN_BY_TOKEN,
+    conflicting_settings,
+    strategy_of,
+    useless_settings,
+)
 from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
@@ -43,7 +50,8 @@ class GenerationConfig:
 
         do_sample: draw each token by its probability; False takes the likeliest one.
         seed: (sampling) integer from 0 on that decides every draw, in every framework alike; None draws a new one.
-        num_return_sequences: (sampling) how many continuations of each prompt; those of one prompt follow each other.
+        num_return_sequences: (sampling, beams) how many continuations of each prompt; those of one prompt follow each
+            other. With beams at most `num_beams`, best first.
         temperature: (sampling) scores are divided by it.
         top_k: (sampling) keep the k best tokens and those equal to the last of them; 0 keeps all, None means 50.
         top_p: (sampling) keep the fewest likeliest tokens whose probabilities sum to more than this; 1 keeps all.
@@ -52,6 +60,19 @@ class GenerationConfig:
             probabilities sum to this; 1 keeps all.
         epsilon_cutoff: (sampling) keep tokens of at least this probability; 0 keeps all.
         eta_cutoff: (sampling) as `epsilon_cutoff`, lowered where the distribution is broad; 0 keeps all.
+
+    Beams, see `opt_common.beams`:
+
+        num_beams: how many continuations of each prompt are kept; 1 keeps no beams.
+        early_stopping: True stops at `num_beams` finished texts; False when no beam would be better as it is; "never"
+            when no beam can become better.
+        length_penalty: a text's score is its sum of log-probabilities over its length to the power of this: above 0
+            favours long texts, below 0 short ones.
+        num_beam_groups: how many groups the beams are divided into; in each step one chooses after the other.
+        diversity_penalty: (groups) what a token's score loses for each beam of the groups before that has chosen it.
+        force_words_ids: what the new tokens must contain: phrases (lists of ids) and lists of phrases, one of which
+            will do.
+        constraints: the same as `PhrasalConstraint` and `DisjunctiveConstraint`.
 
     What is discouraged or forbidden:
 
@@ -102,6 +123,13 @@ class GenerationConfig:
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
+    num_beams: int = 1
+    early_stopping: bool | str = False
+    length_penalty: float = 1.0
+    num_beam_groups: int = 1
+    diversity_penalty: float = 0.0
+    force_words_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     repetition_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -135,6 +163,8 @@ class GenerationConfig:
             problems.append(
                 "exponential_decay_length_penalty raises the score of eos_token_id, of which there is none."
             )
+        if not problems:
+            problems = conflicting_settings(self)
         if problems:
             raise GenerationError(join_problems(problems))
 
@@ -144,9 +174,19 @@ class GenerationConfig:
         return strategy_of(self)
 
     @property
+    def all_constraints(self) -> tuple[Constraint, ...]:
+        """What the new tokens must contain, however it was said."""
+        return (*self.constraints, *map(DisjunctiveConstraint, self.force_words_ids))
+
+    @property
     def streams(self) -> bool:
         """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
         return self.strategy in TOKEN_BY_TOKEN
+
+    @property
+    def copies(self) -> int:
+        """How many rows each prompt begins with: one a continuation, but one alone where beams branch off it."""
+        return 1 if self.strategy in BEAM_STRATEGIES else self.num_return_sequences
 
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
@@ -188,6 +228,9 @@ class GenerationConfig:
         for name in ("eos_token_id", "forced_eos_token_id"):
             if name in values:
                 values[name] = values[name][0] if len(values[name]) == 1 else list(values[name])
+        if values.pop("constraints", ()) or self.force_words_ids:
+            words = [constraint.phrases for constraint in self.all_constraints]
+            values["force_words_ids"] = [list(phrases[0]) if len(phrases) == 1 else phrases for phrases in words]
         if self.watermarking_config is not None:
             values["watermarking_config"] = dataclasses.asdict(self.watermarking_config)
         return {**self.extra, **values}
@@ -278,6 +321,27 @@ def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     return tuple((_sequence(ids), _number(-math.inf, math.inf)(bias)) for ids, bias in pairs)
 
 
+def _stopping(value: Any) -> bool | str:
+    if value != "never":
+        return _flag(value)
+    return value
+
+
+def _words(value: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Phrases and lists of phrases, each as a list of phrases."""
+    words: tuple[Any, ...] = tuple(value or ())
+    if any(not _is_list(word) or not word for word in words):
+        raise ValueError
+    return tuple(_sequences(word if _is_list(word[0]) else [word]) for word in words)
+
+
+def _constraints(value: Any) -> tuple[Constraint, ...]:
+    constraints: tuple[Any, ...] = tuple(value or ())
+    if not all(isinstance(constraint, PhrasalConstraint | DisjunctiveConstraint) for constraint in constraints):
+        raise TypeError
+    return constraints
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     several: tuple[Any, ...] = (value,) if isinstance(value, str) else tuple(value or ())
     if not all(isinstance(text, str) and text for text in several):
@@ -318,6 +382,13 @@ _RULES = {
     "typical_p": _Rule("a number above 0, up to 1", _number(0, 1, open_below=True)),
     "epsilon_cutoff": _PROBABILITY,
     "eta_cutoff": _PROBABILITY,
+    "num_beams": _POSITIVE,
+    "early_stopping": _Rule('True, False or "never"', _stopping),
+    "length_penalty": _Rule("a number", _number(-math.inf, math.inf)),
+    "num_beam_groups": _POSITIVE,
+    "diversity_penalty": _Rule("a number from 0 on", _number(0, math.inf)),
+    "force_words_ids": _Rule("a list of phrases (lists of ids) and lists of phrases, none of them empty", _words),
+    "constraints": _Rule("a list of PhrasalConstraint and DisjunctiveConstraint", _constraints),
     "repetition_penalty": _FACTOR,
     "no_repeat_ngram_size": _COUNT,
     "bad_words_ids": _Rule("a list of lists of ids, none of them empty", _sequences),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from opt_common import watermark
 from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import DEFAULT_TOP_K, GenerationConfig
+from opt_common.strategies import SAMPLING_STRATEGIES
 from opt_common.watermark import WatermarkingConfig
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -71,7 +72,7 @@ def processors(
     vocab_size: int,
     prompt_length: int,
     max_length: int,
-    min_tokens_to_keep: int = 1,
+    min_tokens_to_keep: int | None = None,
     functions: Sequence[Callable[[Any, Any], Any]] = (),
 ) -> tuple[Processor, ...]:
     """The processors that some settings ask for, in the order in which they act.
@@ -81,7 +82,8 @@ def processors(
         vocab_size: V; ids that the settings name must be below it.
         prompt_length: tokens of a prompt, padding included.
         max_length: tokens of prompt and continuation at most.
-        min_tokens_to_keep: how many tokens sampling's filters leave at least.
+        min_tokens_to_keep: how many tokens sampling's filters leave at least; None means 1 or, with beams, one more
+            than can end a text and at least 2.
         functions: the user's, which act in their order after all that is not sampling's.
 
     Raises:
@@ -89,14 +91,20 @@ def processors(
     """
     _check_ids(settings, vocab_size)
     _check_functions(functions)
+    beams = settings.num_beams > 1
+    if min_tokens_to_keep is None:
+        min_tokens_to_keep = max(2, 1 + len(settings.eos_token_id)) if beams else 1
     chosen = [
+        # What beams add up are log-probabilities.
+        *([Processor(name="renormalize")] if beams else []),
         *_biases(settings),
+        *_diversity(settings),
         *_history_penalties(settings),
         *_bad_words(settings),
         *_endings(settings, prompt_length, max_length),
         *_functions(settings, functions),
     ]
-    if settings.do_sample:
+    if settings.strategy in SAMPLING_STRATEGIES:
         chosen += _warpers(settings, vocab_size, min_tokens_to_keep)
     if settings.watermarking_config is not None:
         chosen.append(_watermark(settings.watermarking_config))
@@ -141,6 +149,12 @@ def _biases(settings: GenerationConfig) -> list[Processor]:
     return [_sequence_bias(dict(settings.sequence_bias))] if settings.sequence_bias else []
 
 
+def _diversity(settings: GenerationConfig) -> list[Processor]:
+    # How often each token was chosen is added to the arguments within a step; see the backends' `selection.py`.
+    apart = settings.num_beam_groups > 1
+    return [Processor(name="diversity", arguments=(np.array(settings.diversity_penalty),))] if apart else []
+
+
 def _bad_words(settings: GenerationConfig) -> list[Processor]:
     ends = {(token,) for token in settings.eos_token_id}
     words = {word: -math.inf for word in settings.bad_words_ids if word not in ends}
@@ -149,7 +163,7 @@ def _bad_words(settings: GenerationConfig) -> list[Processor]:
 
 def _sequence_bias(biases: Mapping[tuple[int, ...], float]) -> Processor:
     # Rounded up to powers of two with sequences that add nothing, so that other words need no other program.
-    K, M = _power_of_two(len(biases)), _power_of_two(max(len(word) for word in biases))
+    K, M = power_of_two(len(biases)), power_of_two(max(len(word) for word in biases))
     prefixes_KM = np.full((K, M), -1, dtype=np.int32)
     tokens_K = np.zeros(K, dtype=np.int32)
     biases_K = np.zeros(K, dtype=np.float64)
@@ -197,7 +211,7 @@ def _endings(settings: GenerationConfig, prompt_length: int, max_length: int) ->
 
 
 def _on_ids(name: str, ids: tuple[int, ...], gate: Callable[[int], float]) -> Processor:
-    padded = ids + ids[-1:] * (_power_of_two(len(ids)) - len(ids))
+    padded = ids + ids[-1:] * (power_of_two(len(ids)) - len(ids))
     return Processor(name=name, arguments=(np.array(padded, dtype=np.int32),), gate=gate)
 
 
@@ -224,7 +238,7 @@ def _warpers(settings: GenerationConfig, vocab_size: int, keep: int) -> list[Pro
     if 0 < top_k < vocab_size:
         best = min(max(top_k, keep), vocab_size)
         # The program sorts out a power of two; which of those is the last to keep is an argument.
-        size = min(_power_of_two(best), vocab_size)
+        size = min(power_of_two(best), vocab_size)
         chosen.append(Processor(name="top_k", size=size, arguments=(np.array(best - 1, dtype=np.int32),)))
     if settings.top_p < 1:
         chosen.append(Processor(name="top_p", size=keep, arguments=(np.array(1 - settings.top_p),)))
@@ -238,7 +252,7 @@ def _warpers(settings: GenerationConfig, vocab_size: int, keep: int) -> list[Pro
     return chosen
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     """The least of 4, 8, 16, … that is at least `count`."""
     return max(4, 1 << (count - 1).bit_length())
 
@@ -307,6 +321,13 @@ def sequence_bias(scores_BV: Array, history: History, setting: Setting) -> Array
     for column, (token, bias) in enumerate(zip(tokens_K, biases_K, strict=True)):
         bias_BV[:, token] += np.where(fits_BK[:, column], bias, 0)
     return scores_BV + bias_BV
+
+
+def diversity(scores_BV: Array, history: History, setting: Setting) -> Array:
+    """Make tokens that other groups of beams have chosen in this step less likely (Vijayakumar et al. 2016)."""
+    del history
+    penalty, chosen_BV = setting.arguments
+    return scores_BV - penalty * chosen_BV
 
 
 def repetition_penalty(scores_BV: Array, history: History, setting: Setting) -> Array:
@@ -474,6 +495,7 @@ def renormalize(scores_BV: Array, history: History, setting: Setting) -> Array:
 
 PROCESSORS = {
     "sequence_bias": sequence_bias,
+    "diversity": diversity,
     "repetition_penalty": repetition_penalty,
     "no_repeat_ngram_size": no_repeat_ngram_size,
     "suppress": suppress,

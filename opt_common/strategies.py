@@ -10,8 +10,18 @@ if TYPE_CHECKING:
 STRATEGIES = {
     "greedy_search": "the likeliest token is taken",
     "sample": "each token is drawn by its probability",
+    "beam_search": "the likeliest text of several beams is taken",
+    "beam_sample": "several beams are drawn by their probability",
+    "group_beam_search": "groups of beams keep away from each other",
+    "constrained_beam_search": "the likeliest text that contains what it must is taken",
 }
 """Name of each strategy, as Hugging Face has it, and what it does."""
+
+BEAM_STRATEGIES = frozenset(name for name in STRATEGIES if "beam" in name)
+"""Strategies that keep several continuations of each prompt."""
+
+SAMPLING_STRATEGIES = frozenset({"sample", "beam_sample"})
+"""Strategies that draw."""
 
 TOKEN_BY_TOKEN = ("greedy_search", "sample")
 """Strategies that append tokens and take none back, so that a text can be shown as it grows."""
@@ -22,7 +32,13 @@ KEEPS_CACHE = TOKEN_BY_TOKEN
 
 def strategy_of(settings: "GenerationConfig") -> str:
     """The one strategy that some settings ask for, by the precedence of Hugging Face's `get_generation_mode`."""
-    return "sample" if settings.do_sample else "greedy_search"
+    if settings.constraints or settings.force_words_ids:
+        return "constrained_beam_search"
+    if settings.num_beams == 1:
+        return "sample" if settings.do_sample else "greedy_search"
+    if settings.num_beam_groups > 1:
+        return "group_beam_search"
+    return "beam_sample" if settings.do_sample else "beam_search"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +50,20 @@ class _Use:
     remedy: str
 
 
-_SAMPLING = ("sample",)
-
 _USES = (
     _Use(
         ("seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-        _SAMPLING,
+        SAMPLING_STRATEGIES,
         "do_sample=True",
     ),
-    _Use(("num_return_sequences",), _SAMPLING, "do_sample=True"),
+    _Use(("do_sample",), SAMPLING_STRATEGIES, "num_beam_groups=1 and no constraints"),
+    _Use(("num_return_sequences",), SAMPLING_STRATEGIES | BEAM_STRATEGIES, "do_sample=True or num_beams"),
+    _Use(("early_stopping", "length_penalty"), BEAM_STRATEGIES, "num_beams of 2 or more"),
+    _Use(("diversity_penalty",), {"group_beam_search"}, "num_beam_groups of 2 or more"),
 )
 """Every setting that not all strategies read."""
 
-_MODEST = frozenset({"num_return_sequences"})
+_MODEST = frozenset({"do_sample", "num_return_sequences"})
 """Settings whose default asks for nothing, so that giving it is no mistake with any strategy."""
 
 
@@ -76,4 +93,22 @@ def useless_settings(given: Mapping[str, Any], settings: "GenerationConfig") -> 
         problems.append(
             f"{', '.join(asked)} would change nothing: ids alone come back. Pass return_dict_in_generate=True."
         )
+    return problems
+
+
+def conflicting_settings(settings: "GenerationConfig") -> list[str]:
+    """A sentence for each pair of settings that cannot both be."""
+    problems: list[str] = []
+    beams, groups = settings.num_beams, settings.num_beam_groups
+    if beams > 1 and settings.num_return_sequences > beams:
+        problems.append(f"num_return_sequences is {settings.num_return_sequences}, more than the {beams} of num_beams.")
+    if beams % groups:
+        problems.append(f"num_beams is {beams}, expected a multiple of num_beam_groups, which is {groups}.")
+    if groups > 1 and settings.diversity_penalty == 0:
+        problems.append("num_beam_groups needs a diversity_penalty above 0: without it all groups are the same.")
+    if settings.constraints or settings.force_words_ids:
+        if beams == 1:
+            problems.append("force_words_ids and constraints need beams to choose from. Pass num_beams of 2 or more.")
+        if groups > 1:
+            problems.append("force_words_ids and constraints can't be had in groups. Leave num_beam_groups out.")
     return problems

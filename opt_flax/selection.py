@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
-from opt_flax.processors import History, choose, log_softmax, process
+from opt_flax.processors import History, choose, log_softmax, process, sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +30,17 @@ class Step:
     program: Program
     arguments: Sequence[tuple[Array, ...]]
     gates_P: Array
+
+    def of(self, rows_B: np.ndarray, chosen_BV: Array) -> "Step":
+        """The step of some rows, for which other groups of beams have chosen some tokens already."""
+        arguments = [
+            (*values, chosen_BV) if name == "diversity" else values
+            for (name, *_), values in zip(self.program, self.arguments, strict=True)
+        ]
+        history = dataclasses.replace(
+            self.history, tokens_BS=self.history.tokens_BS[rows_B], attended_BS=self.history.attended_BS[rows_B]
+        )
+        return dataclasses.replace(self, logits_BV=self.logits_BV[rows_B], history=history, arguments=arguments)
 
     def processed(self) -> Array:
         """Scores after every processor."""
@@ -50,10 +63,106 @@ def token(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[
     return found
 
 
+def beams(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """The best continuations of each prompt's beams.
+
+    Given "totals" of the beams (B, 1, K): "totals" of the continuations (B, size), best first, with the "beams" and the
+    "tokens" that they are made of.
+    """
+    scores_BV = step.processed()
+    totals_BM = added(arguments[0], scores_BV)
+    places_BC = best(totals_BM, selection.size)
+    found = continuations(jnp.take_along_axis(totals_BM, places_BC, axis=1), places_BC, scores_BV.shape[1])
+    return {**found, **whole(step, selection, scores_BV)}
+
+
+def drawn_beams(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """As `beams`, but drawn by numbers (B, size) without replacement, in the order of draws."""
+    scores_BV = step.processed()
+    totals_BC, places_BC = drawn(added(arguments[0], scores_BV), arguments[1])
+    found = continuations(totals_BC, places_BC, scores_BV.shape[1])
+    return {**found, **whole(step, selection, scores_BV)}
+
+
+def asked_beams(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """As `beams`, and "asked": the totals of some more tokens, (rows, A) ids."""
+    scores_BV = step.processed()
+    totals_BM = added(arguments[0], scores_BV)
+    places_BC = best(totals_BM, selection.size)
+    found = continuations(jnp.take_along_axis(totals_BM, places_BC, axis=1), places_BC, scores_BV.shape[1])
+    totals_BV = totals_BM.reshape(scores_BV.shape)
+    return {**found, "asked": jnp.take_along_axis(totals_BV, arguments[1], axis=1), **whole(step, selection, scores_BV)}
+
+
+def beam_groups(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """As `beams`, for totals (B, G, K) and results (B, G, size): one group of beams after the other.
+
+    Each knows the tokens that those before it go on with. For that it takes the ids that end a text, which groups go
+    on (B, G), and with how many beams.
+    """
+    totals_BGK, ends_E, open_BG, width = arguments
+    (B, G, K), V = totals_BGK.shape, step.logits_BV.shape[1]
+    chosen_BV = jnp.zeros((B, V), step.logits_BV.dtype)
+    found, scores = [], []
+    for group in range(G):
+        own = step.of(group_rows(len(step.logits_BV), B, G, group), jnp.repeat(chosen_BV, K, axis=0))
+        scores.append(own.processed())
+        totals_BM = added(totals_BGK[:, group : group + 1], scores[-1])
+        places_BC = best(totals_BM, selection.size)
+        found.append(continuations(jnp.take_along_axis(totals_BM, places_BC, axis=1), places_BC, V))
+        tokens_BC, ends_BC = found[-1]["tokens"], (found[-1]["tokens"][..., None] == ends_E).any(-1)
+        onward_BC = ~ends_BC & (found[-1]["totals"] > -jnp.inf) & open_BG[:, group, None]
+        taken_BC = onward_BC & (onward_BC.cumsum(1) <= width)
+        chosen_BV = chosen_BV.at[jnp.arange(B)[:, None], tokens_BC].add(taken_BC.astype(chosen_BV.dtype))
+    stacked = {name: jnp.stack([group[name] for group in found], axis=1) for name in found[0]}
+    scores_BV = jnp.stack([array.reshape(B, K, V) for array in scores], axis=1).reshape(-1, V)
+    return {**stacked, **whole(step, selection, scores_BV)}
+
+
 def whole(step: Step, selection: Selection, scores_BV: Array) -> dict[str, Array]:
     """The arrays as large as the vocabulary, as far as they are asked for."""
     arrays = {"scores": scores_BV, "logits": step.logits_BV}
     return {name: array for name, array in arrays.items() if name in selection.details}
 
 
-SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Array]], dict[str, Array]]] = {"token": token}
+SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Array]], dict[str, Array]]] = {
+    "token": token,
+    "beams": beams,
+    "drawn_beams": drawn_beams,
+    "asked_beams": asked_beams,
+    "beam_groups": beam_groups,
+}
+
+
+def added(totals_BGK: Array, scores_RV: Array) -> Array:
+    """The totals of all continuations of one group, (B, K * V): -inf for what is not a number."""
+    (B, _, K), V = totals_BGK.shape, scores_RV.shape[1]
+    totals_BM = (totals_BGK.reshape(B * K, 1).astype(scores_RV.dtype) + scores_RV).reshape(B, K * V)
+    return jnp.where(jnp.isnan(totals_BM), -jnp.inf, totals_BM)
+
+
+def best(totals_BM: Array, size: int) -> Array:
+    """The places of the greatest totals, (B, size), greatest first; of equals the lower place."""
+    return jax.lax.top_k(totals_BM, min(size, totals_BM.shape[1]))[1]
+
+
+def drawn(totals_BM: Array, uniforms_BC: Array) -> tuple[Array, Array]:
+    """Totals and places, (B, C), drawn one after the other, each from what is left; -inf where nothing is."""
+
+    def draw(totals_BM: Array, uniforms_B: Array) -> tuple[Array, tuple[Array, Array]]:
+        places_B1 = sample(totals_BM, uniforms_B)[:, None]
+        found_B1 = jnp.take_along_axis(totals_BM, places_B1, axis=1)
+        return jnp.put_along_axis(totals_BM, places_B1, -jnp.inf, axis=1, inplace=False), (found_B1, places_B1)
+
+    _, (found_CB1, places_CB1) = jax.lax.scan(draw, totals_BM, uniforms_BC.T)
+    return found_CB1[..., 0].T, places_CB1[..., 0].T
+
+
+def continuations(totals_BC: Array, places_BC: Array, V: int) -> dict[str, Array]:
+    """What some places among all continuations are made of."""
+    return {"totals": totals_BC, "beams": places_BC // V, "tokens": places_BC % V}
+
+
+def group_rows(count: int, B: int, G: int, group: int) -> np.ndarray:
+    """The rows of one group among `count`; before the first step, the one row of each prompt is every group's."""
+    return np.arange(B) if count == B else np.arange(count).reshape(B, G, -1)[:, group].ravel()

@@ -64,6 +64,13 @@ def sequence_bias(scores_BV: tf.Tensor, history: History, setting: Setting) -> t
     return scores_BV + bias_BV
 
 
+def diversity(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
+    """Make tokens that other groups of beams have chosen in this step less likely (Vijayakumar et al. 2016)."""
+    del history
+    penalty, chosen_BV = setting.arguments
+    return scores_BV - penalty * chosen_BV
+
+
 def repetition_penalty(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.Tensor:
     """Make tokens that the text has less likely, each once however often it occurs."""
     (penalty,) = setting.arguments
@@ -233,6 +240,7 @@ def renormalize(scores_BV: tf.Tensor, history: History, setting: Setting) -> tf.
 
 PROCESSORS = {
     "sequence_bias": sequence_bias,
+    "diversity": diversity,
     "repetition_penalty": repetition_penalty,
     "no_repeat_ngram_size": no_repeat_ngram_size,
     "suppress": suppress,

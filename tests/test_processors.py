@@ -15,7 +15,7 @@ GOLDEN = np.load(OWN_GOLDENS / "processors_expected.npz")
 IDS, SCORES = GOLDEN["input_ids"], GOLDEN["scores"]
 
 NOT_OURS = ("encoder_repetition_2.0", "encoder_no_repeat_ngram_2", "hamming")
-"""Goldens of processors that this package does not have."""
+"""Goldens of processors that this package does not have, and of one that needs beams: see tests/test_beam_rules.py."""
 
 CASES = {
     case["name"]: case["params"]

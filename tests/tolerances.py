@@ -49,6 +49,9 @@ FLOAT64_GRADIENT = Tolerance(absolute=1e-9, why="as FLOAT64; gradients of summed
 PROCESSED = Tolerance(
     absolute=1e-6, relative=1e-7, why="one float32 rounding of the goldens themselves, 6e-8 of scores up to 30"
 )
+BEAM_SCORE = Tolerance(
+    absolute=1e-5, relative=2e-6, why="a sum of up to twelve log-probabilities, each with FLOAT32's rounding"
+)
 INT8_PRODUCT = Tolerance(
     absolute=1e-6,
     relative=2e-4,

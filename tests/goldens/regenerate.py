@@ -5,8 +5,9 @@
     OPT_GOLDENS=OUT python -m pytest tests
 
 Builds each variant with weights of `tests/seeded.py`, lets the library's own classes save it in every format they have,
-and stores what its PyTorch class (eager attention) computes. Nothing of this repository but `seeded.py` is imported, so
-that no mistake of ours can reach the data. With another seed the values differ; the suite must pass all the same.
+and stores what its PyTorch class (eager attention) computes. Nothing of this repository is imported but `seeded.py` and
+the `*_goldens.py` beside this file, which import nothing of it, so that no mistake of ours can reach the data. With
+another seed the values differ; the suite must pass all the same.
 """
 
 import argparse
@@ -30,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import transformers
+from beam_goldens import beam_cases
+from processed_goldens import processed_settings, processor_values
 from safetensors.torch import save_file
 from seeded import seeded_weight
 from transformers import OPTConfig, OPTForCausalLM, OPTForQuestionAnswering, OPTForSequenceClassification
@@ -523,6 +526,13 @@ def write_variant(variant: str, seed: int, directory: Path) -> None:
     cases = {"transformers": transformers.__version__, "cases": generation_cases(model, rng)}
     (directory / "generation.json").write_text(json.dumps(cases) + "\n")
     if variant in THOROUGH:
+        tokens = [row[len(cases["cases"][0]["input_ids"][0]) :] for row in cases["cases"][0]["output_ids"]]
+        texts = [case_of(model, rng, *settings) for settings in processed_settings(tokens)]
+        (directory / "generation_processed.json").write_text(json.dumps({**cases, "cases": texts}) + "\n")
+    beam_rng = np.random.default_rng([seed, 2 * len(VARIANTS), list(VARIANTS).index(variant)])
+    beams = {**cases, "cases": beam_cases(model, beam_rng, thorough=variant in THOROUGH)}
+    (directory / "generation_beams.json").write_text(json.dumps(beams) + "\n")
+    if variant in THOROUGH:
         head_values(
             model, variant, np.random.default_rng([seed, len(VARIANTS), list(VARIANTS).index(variant)]), directory
         )
@@ -593,6 +603,15 @@ def tokenizer_record(slow: Any, fast: Any, text: str) -> dict[str, Any]:
     }
 
 
+def write_processors(source: Path, target: Path) -> None:
+    """The library's processors, for the cases and scores that are there: they depend on no model and no seed."""
+    text = (source / "processors_cases.json").read_text()
+    with np.load(source / "processors_expected.npz") as given:
+        values = processor_values(json.loads(text), dict(given))
+    (target / "processors_cases.json").write_text(text)
+    np.savez_compressed(target / "processors_expected.npz", **values)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
@@ -611,6 +630,7 @@ def main() -> None:
     for variant in arguments.variants:
         write_variant(variant, arguments.seed, arguments.out / variant)
         print(f"wrote {arguments.out / variant}")  # one line a variant: the large ones take a minute
+    write_processors(Path(__file__).parent, arguments.out)
     if arguments.vocab:
         write_tokenizer(Path(__file__).parent / "tokenizer", arguments.vocab, arguments.out / "tokenizer")
 
