@@ -13,7 +13,7 @@ ready := $(VENV)/.ready
 one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types contracts docs unit format kills bench-conversion oracle oracle-keras-hub isolated peft clean
+.PHONY: help setup demo test check lint types contracts docs unit format kills bench-conversion oracle oracle-keras-hub isolated peft trainer clean
 
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ peft: $(ready) .venv-peft/.ready  ## the PyTorch model in PEFT, and every backen
 	rm -rf build/adapters
 	PYTHONPATH=. $(one_thread) $(bin)/python tests/oracle/write_adapters.py build/adapters
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-peft/bin/python tests/oracle/check_peft.py build/adapters
+
+trainer: .venv-peft/.ready  ## the PyTorch models in transformers.Trainer and accelerate (the environment of `make peft`)
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-peft/bin/python tests/oracle/check_trainer.py
 
 .venv-peft/.ready: tests/oracle/requirements-peft.txt
 	test -x .venv-peft/bin/python || $(PYTHON) -m venv .venv-peft

@@ -58,6 +58,8 @@ SIZES = tuple(_SIZES)
 class OPTConfig:
     """The shape and the options of one OPT model. Immutable; `replace` makes a changed copy.
 
+    Only `use_cache` may be assigned, which is no property of a model: `transformers.Trainer` switches it off so.
+
     Args:
         vocab_size: V, rows of the token table.
         hidden_size: D, width of the residual stream.
@@ -242,6 +244,16 @@ class OPTConfig:
             changes = {**dict.fromkeys(labels), **changes}
         return dataclasses.replace(self, **changes)
 
+
+def _assign(config: OPTConfig, name: str, value: object) -> None:
+    if name != "use_cache":
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}: use config.replace({name}=…)")
+    if not isinstance(value, bool):
+        raise ConfigError(f"OPTConfig: use_cache is {value!r}, expected true or false.")
+    object.__setattr__(config, name, value)
+
+
+OPTConfig.__setattr__ = _assign  # a frozen dataclass can't define it itself
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(OPTConfig)) - {"extra"}
 

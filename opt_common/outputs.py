@@ -8,17 +8,24 @@ from opt_common.errors import InputError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ModelOutput:
-    """Base of the records. Fields are read by name; there is no tuple form."""
+    """Base of the records. Fields are read by name.
 
-    def __getitem__(self, key: object) -> NoReturn:
-        names = ", ".join(f".{field.name}" for field in dataclasses.fields(self))
-        raise InputError(
-            f"{type(self).__name__}[{key!r}]: results have no tuple or dict form; read a field by its name: {names}."
-        )
+    For code that knows Hugging Face's results, `transformers.Trainer` first, they are read by `["name"]` too, and by
+    number among those that are not None: with labels, `[0]` is the loss. They are not unpacked: in Hugging Face's own
+    that gives names.
+    """
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        present = {
+            field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
+        }
+        if isinstance(key, str):
+            return present[key]
+        return tuple(present.values())[key]
 
     def __iter__(self) -> NoReturn:
-        self[0]  # the same sentence: unpacking is indexing in disguise
-        raise AssertionError
+        names = ", ".join(f".{field.name}" for field in dataclasses.fields(self))
+        raise InputError(f"{type(self).__name__} is not unpacked; read a field by its name: {names}.")
 
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
         """What TensorFlow asks of a record that passes through `tf.function`."""

@@ -165,7 +165,7 @@ class FlaxOPTDecoder(nnx.Module):
             FlaxOPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
         )
         self.layer_dropout = build.dropout(config.layerdrop)
-        self.gradient_checkpointing = False
+        self.checkpoint_every = 0
 
     def __call__(
         self,
@@ -194,7 +194,7 @@ class FlaxOPTDecoder(nnx.Module):
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
         recompute = (
-            self.gradient_checkpointing and not self.layer_dropout.deterministic and cache is None and not use_cache
+            self.checkpoint_every > 0 and not self.layer_dropout.deterministic and cache is None and not use_cache
         )
         hidden_states: list[Array] = []
         attentions: list[Any] = []
@@ -203,7 +203,7 @@ class FlaxOPTDecoder(nnx.Module):
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            if recompute:
+            if recompute and index % self.checkpoint_every == 0:
                 new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
             else:
                 new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)

@@ -26,22 +26,25 @@ class Trainable:
     head: ClassVar[Head | None]
     supports_gradient_checkpointing: ClassVar[bool] = True
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, *, every_n_layers: int = 1) -> None:
         """Keep only each layer's input for the backward pass, and compute the rest again there.
 
         In training this trades about a third more time for most of the memory of activations; outputs, dropout and
         gradients stay the same. A call with a cache keeps everything.
+
+        Args:
+            every_n_layers: 2 does so in every second layer, and so on.
         """
-        decoder_of(self).gradient_checkpointing = True
+        decoder_of(self).checkpoint_every = every_n_layers
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything for the backward pass, as a new model does."""
-        decoder_of(self).gradient_checkpointing = False
+        decoder_of(self).checkpoint_every = 0
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return decoder_of(self).gradient_checkpointing
+        return decoder_of(self).checkpoint_every > 0
 
 
 def decoder_of(model: Any) -> Any:

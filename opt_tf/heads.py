@@ -26,7 +26,10 @@ from opt_tf.layers import Builder
 from opt_tf.lora import Adaptable
 from opt_tf.modeling import TFOPTModel, check_call
 from opt_tf.quantized import Int8Embedding
-from opt_tf.training import Trainable
+from opt_tf.training import Trainable, register_record
+
+register_record(OPTSequenceClassifierOutput)
+register_record(OPTQuestionAnsweringOutput)
 
 
 @keras.saving.register_keras_serializable(package="opt_tf")

@@ -35,10 +35,10 @@ from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_
 from opt_tf.cache import KVCache, append, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate, generate_text, stream
-from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Linear
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Embedding, Linear
 from opt_tf.lora import Adaptable
 from opt_tf.quantized import Int8Embedding
-from opt_tf.training import Trainable, causal_lm_loss, run_again
+from opt_tf.training import Trainable, causal_lm_loss, register_record, run_again
 
 if keras.version().startswith("2."):
     raise MissingFrameworkError(f"opt_tf needs Keras 3, got Keras {keras.version()}: pip install 'keras>=3.5'.")
@@ -47,6 +47,10 @@ if keras.backend.backend() != "tensorflow":
         f"opt_tf needs Keras on TensorFlow, but Keras runs on {keras.backend.backend()}. "
         "Set the environment variable KERAS_BACKEND=tensorflow before Python starts, or use opt_flax or opt_torch."
     )
+
+
+register_record(OPTModelOutput)
+register_record(OPTCausalLMOutput)
 
 
 def positions(attention_mask_BS: tf.Tensor) -> tf.Tensor:
@@ -184,7 +188,7 @@ class TFOPTDecoder(keras.layers.Layer):
             self.final_layer_norm = build.layer_norm(D, affine=affine, name="final_layer_norm")
         self.layers = [TFOPTDecoderLayer(config, build, name=f"layers.{i}") for i in range(config.num_hidden_layers)]
         self.layer_dropout = build.dropout(config.layerdrop)
-        self.gradient_checkpointing = False
+        self.checkpoint_every = 0
 
     def build(self, input_shape: Any = None) -> None:
         """Make the weights; no shape is needed."""
@@ -221,7 +225,7 @@ class TFOPTDecoder(keras.layers.Layer):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
-        recompute = self.gradient_checkpointing and training and cache is None and not use_cache
+        recompute = self.checkpoint_every > 0 and training and cache is None and not use_cache
         hidden_states: list[tf.Tensor] = []
         attentions: list[tf.Tensor | None] = []
         presents: list[tuple[tf.Tensor, tf.Tensor]] = []
@@ -229,7 +233,7 @@ class TFOPTDecoder(keras.layers.Layer):
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            if recompute:
+            if recompute and index % self.checkpoint_every == 0:
                 new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
             else:
                 new_BTD, present, probs_BNTS = layer(
@@ -488,11 +492,11 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
             output_logits = labels is None or not training
         loss = None
         if labels is not None:
-            if self.config.tie_word_embeddings:
+            head = self.logits  # of a layer of another kind, such as one with an adapter or of 8 bits
+            if self.config.tie_word_embeddings and type(self.get_input_embeddings()) is Embedding:
                 head = (self.get_input_embeddings().embeddings, True)
-            else:
-                # A layer of another kind, as with an adapter, is more than its kernel.
-                head = (self.lm_head.kernel, False) if type(self.lm_head) is Linear else self.logits
+            elif not self.config.tie_word_embeddings and type(self.lm_head) is Linear:
+                head = (self.lm_head.kernel, False)
             labels = tf.convert_to_tensor(labels)
             loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
@@ -556,6 +560,8 @@ def check_call(model: Any, arguments: tuple[Any, ...], options: dict[str, Any]) 
     signature = inspect.signature(model.call)
     reject_dropped({name: options.pop(name) for name in options.keys() - signature.parameters.keys()})
     options = signature.bind(*arguments, **options).arguments
+    if any(map(keras.backend.is_keras_tensor, options.values())):
+        options.setdefault("use_cache", False)  # a functional model has tensors for outputs, and a cache is none
     names = ("past_key_values", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
     targets = ("labels", "start_positions", "end_positions")
     check(model.config, **{name: options.get(name) for name in names + targets}, head=model.head)

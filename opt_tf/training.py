@@ -8,12 +8,16 @@ C of them at a time in each of K chunks.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import keras
+import optree
 import tensorflow as tf
 
+from opt_common.errors import InputError
+from opt_common.outputs import ModelOutput
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_tf.attention import Masking
@@ -28,22 +32,102 @@ class Trainable:
     head: ClassVar[Head | None]
     supports_gradient_checkpointing: ClassVar[bool] = True
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(self, *, every_n_layers: int = 1) -> None:
         """Keep only each layer's input for the backward pass, and compute the rest again there.
 
         In training this trades about a third more time for most of the memory of activations; outputs, dropout and
         gradients stay the same. A call with a cache keeps everything. Call it before `compile`.
+
+        Args:
+            every_n_layers: 2 does so in every second layer, and so on.
         """
-        decoder_of(self).gradient_checkpointing = True
+        decoder_of(self).checkpoint_every = every_n_layers
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything for the backward pass, as a new model does."""
-        decoder_of(self).gradient_checkpointing = False
+        decoder_of(self).checkpoint_every = 0
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return decoder_of(self).gradient_checkpointing
+        return decoder_of(self).checkpoint_every > 0
+
+    def train_step(self: Any, data: Any) -> Any:
+        """A step of `fit`: see `with_targets` for what a batch may be."""
+        return super().train_step(with_targets(self, data))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def test_step(self: Any, data: Any) -> Any:
+        """A step of `evaluate`, likewise."""
+        return super().test_step(with_targets(self, data))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def compute_loss(
+        self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        """The loss that the model computes from its labels; given `compile(loss=…)`, that of the logits."""
+        if y is not None:
+            return super().compute_loss(x, y, y_pred["logits"], sample_weight, training)  # pyright: ignore[reportAttributeAccessIssue]
+        return y_pred.loss
+
+    def compute_metrics(self: Any, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Metrics of the logits; those of a language model are of the next token."""
+        if y is None and "labels" in x:
+            y = x["labels"]
+        logits = y_pred.logits if self.head != "question_answering" else None
+        if self.head == "lm" and logits is not None and y is not None:
+            y, logits = y[:, 1:], logits[:, :-1]
+        return super().compute_metrics(x, y, logits, sample_weight)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def predict_step(self: Any, data: Any) -> Any:
+        """A step of `predict`: the fields that a call without labels fills, but for the cache."""
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
+        options = dict(x) if isinstance(x, Mapping) else {"input_ids": x}
+        targets = ("labels", "start_positions", "end_positions")
+        options = {name: value for name, value in options.items() if name not in targets}
+        found = self(**options, training=False, use_cache=False)
+        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def with_targets(model: Any, data: Any) -> tuple[Any, Any, Any]:
+    """A batch of `fit` or `evaluate` as the arguments of a call, its targets among them; and None, unless `compile`
+    was given a loss: then the targets stay apart, for it.
+
+    Args:
+        model: the model.
+        data: a dictionary of arguments, or of ids alone; or (that, targets), where targets are labels, or a dictionary
+            with `labels` or with `start_positions` and `end_positions`.
+
+    Raises:
+        InputError: without targets, and for a `sample_weight`.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    options = dict(x) if isinstance(x, Mapping) else {"input_ids": x}
+    if model._compile_loss is not None:
+        return options, y, sample_weight
+    if sample_weight is not None:
+        raise InputError("sample_weight is not taken by the model's own loss. Set labels that shall not count to -100.")
+    if y is not None:
+        options |= y if isinstance(y, Mapping) else {"labels": y}
+    if not {"labels", "start_positions"} & options.keys():
+        raise InputError(
+            "The batch has no targets. Put labels (or start_positions and end_positions) into it, or give them as y."
+        )
+    if model.head == "lm" and model._compile_metrics is not None:
+        options["output_logits"] = True
+    return options, None, None
+
+
+def register_record(record: type[ModelOutput]) -> None:
+    """Tell Keras what is in a record, so that it is the output of a call on `keras.Input` too."""
+
+    def flatten(output: ModelOutput) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        names = tuple(field.name for field in dataclasses.fields(output) if getattr(output, field.name) is not None)
+        return tuple(getattr(output, name) for name in names), names
+
+    def unflatten(names: tuple[str, ...], values: tuple[Any, ...]) -> ModelOutput:
+        return record(**dict(zip(names, values, strict=True)))
+
+    optree.register_pytree_node(record, flatten, unflatten, namespace="keras")
 
 
 def decoder_of(model: Any) -> Any:

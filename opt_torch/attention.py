@@ -121,13 +121,17 @@ def _eager(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dro
 
 def _sdpa(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> Tensor:
     T = q_BTNH.shape[1]
+    bias_BNTS = masking.bias_BNTS
+    if bias_BNTS is not None and bias_BNTS.dtype != q_BTNH.dtype:
+        # Under autocast: float32's most negative number would become minus infinity.
+        bias_BNTS = bias_BNTS.clamp(min=torch.finfo(q_BTNH.dtype).min).to(q_BTNH.dtype)
     context_BNTH = functional.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSNH.transpose(1, 2),
         v_BSNH.transpose(1, 2),
-        attn_mask=masking.bias_BNTS,
+        attn_mask=bias_BNTS,
         dropout_p=dropout,
-        is_causal=masking.bias_BNTS is None and T > 1,
+        is_causal=bias_BNTS is None and T > 1,
         scale=1.0,
     )
     return context_BNTH.transpose(1, 2)

@@ -32,7 +32,7 @@ from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
 from opt_torch.lora import Adaptable
 from opt_torch.quantized import Int8Embedding
-from opt_torch.training import Trainable, causal_lm_loss, run_again
+from opt_torch.training import Trainable, causal_lm_loss, leave_out_tied_head, put_back_tied_head, run_again
 
 
 def positions(attention_mask_BS: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class OPTDecoder(nn.Module):
             OPTDecoderLayer(config, attn_implementation, build) for _ in range(config.num_hidden_layers)
         )
         self.layer_dropout = build.dropout(config.layerdrop)
-        self.gradient_checkpointing = False
+        self.checkpoint_every = 0
         self.checkpoint_options: Mapping[str, Any] = {}
 
     def forward(
@@ -184,7 +184,7 @@ class OPTDecoder(nn.Module):
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
         masking = self.masking(attention_mask, T, offset, hidden_BTD)
 
-        recompute = self.gradient_checkpointing and self.training and cache is None and not use_cache
+        recompute = self.checkpoint_every > 0 and self.training and cache is None and not use_cache
         hidden_states: list[Tensor] = []
         attentions: list[Tensor | None] = []
         presents: list[tuple[Tensor, Tensor]] = []
@@ -192,7 +192,7 @@ class OPTDecoder(nn.Module):
             if output_hidden_states:
                 hidden_states.append(hidden_BTD)
             past = None if cache is None else (cache.keys[index], cache.values[index])
-            if recompute:
+            if recompute and index % self.checkpoint_every == 0:
                 new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions, self.checkpoint_options)
             else:
                 new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
@@ -354,6 +354,8 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
         build = Builder(config, dtype, device)
         self.lm_head = build.head(E, V)
         self.tie_weights()
+        self.register_state_dict_post_hook(leave_out_tied_head)
+        self.register_load_state_dict_pre_hook(put_back_tied_head)
 
     def forward(
         self,

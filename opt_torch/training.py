@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from opt_common.errors import InputError
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import Masking
@@ -26,7 +27,13 @@ class Trainable:
     head: ClassVar[Head | None]
     supports_gradient_checkpointing: ClassVar[bool] = True
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Keep only each layer's input for the backward pass, and compute the rest again there.
 
         In training this trades about a third more time for most of the memory of activations; outputs, dropout and
@@ -34,24 +41,66 @@ class Trainable:
 
         Args:
             gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: 2 does so in every second layer, and so on.
+            offload: must be False; `transformers.Trainer` passes it.
+
+        Raises:
+            InputError: if `offload` is true.
         """
+        if offload:
+            raise InputError("offload=True is not supported. Leave it out, or wrap the step in save_on_cpu of PyTorch.")
         decoder = decoder_of(self)
-        decoder.gradient_checkpointing = True
+        decoder.checkpoint_every = every_n_layers
         decoder.checkpoint_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """`gradient_checkpointing_enable` by its newer name in `transformers`."""
+        self.gradient_checkpointing_enable(
+            activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload
+        )
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep everything for the backward pass, as a new model does."""
-        decoder_of(self).gradient_checkpointing = False
+        decoder_of(self).checkpoint_every = 0
+
+    @property
+    def loss_type(self) -> str | None:
+        """What `transformers.Trainer` asks: whether labels are shifted inside, so that a row's first is not counted."""
+        return "ForCausalLM" if self.head == "lm" else None
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """What `transformers.Trainer` asks: whether `num_items_in_batch` is taken, so that it need not average."""
+        return self.head == "lm"
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether gradient checkpointing is on."""
-        return decoder_of(self).gradient_checkpointing
+        return decoder_of(self).checkpoint_every > 0
 
 
 def decoder_of(model: Any) -> Any:
     """The decoder inside a model of any class."""
     return model.decoder if model.head is None else model.model.decoder
+
+
+def leave_out_tied_head(model: Any, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A state dict has a tied table once: `safetensors`, and with it `transformers.Trainer`, refuse it twice."""
+    if model.config.tie_word_embeddings:
+        tensors.pop(f"{prefix}lm_head.weight", None)
+
+
+def put_back_tied_head(model: Any, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What `load_state_dict` needs in order to take state dicts with and without the tied head."""
+    table = f"{prefix}model.decoder.embed_tokens.weight"
+    if model.config.tie_word_embeddings and table in tensors:
+        tensors.setdefault(f"{prefix}lm_head.weight", tensors[table])
 
 
 def run_again(

@@ -183,6 +183,15 @@ class Adapter:
         """A step of the optimizer on each batch. Returns the losses; the model is left in evaluation."""
         raise NotImplementedError
 
+    def mixed(self, config: OPTConfig, dtype: str, head: Head | None = None) -> Any:
+        """A model with float32 parameters that computes in half precision, inside `autocast`."""
+        raise NotImplementedError
+
+    def autocast(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        """Where a mixed model is called."""
+        del dtype
+        return contextlib.nullcontext()
+
     def largest_array(self, model: Any, **arguments: Any) -> int:
         """Number of elements of the largest array that is computed on the way to the gradients of the loss."""
         raise NotImplementedError
@@ -410,6 +419,12 @@ class TorchAdapter(Adapter):
         model.eval()
         return losses
 
+    def mixed(self, config: OPTConfig, dtype: str, head: Head | None = None) -> Any:
+        return self.build(config, head=head)
+
+    def autocast(self, dtype: str) -> contextlib.AbstractContextManager[Any]:
+        return self.torch.autocast("cpu", dtype=self.dtype(dtype))
+
     def largest_array(self, model: Any, **arguments: Any) -> int:
         from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -564,6 +579,9 @@ class TFAdapter(Adapter):
             return optimizer
         finally:
             keras.config.set_floatx("float32")
+
+    def mixed(self, config: OPTConfig, dtype: str, head: Head | None = None) -> Any:
+        return self.build(config, dtype=f"mixed_{dtype}", head=head)
 
     def steps(self, model: Any, optimizer: Any, batches: Sequence[Mapping[str, np.ndarray]]) -> list[np.ndarray]:
         losses = []
@@ -768,6 +786,10 @@ class FlaxAdapter(Adapter):
         visit(self.jax.make_jaxpr(self.jax.grad(loss))(parameters, rest).jaxpr)
         model.eval()
         return found
+
+    def mixed(self, config: OPTConfig, dtype: str, head: Head | None = None) -> Any:
+        model_class = self.model_class(False, head)
+        return model_class(config, dtype=dtype, param_dtype="float32", rngs=self.nnx.Rngs(0))
 
     def largest_array(self, model: Any, **arguments: Any) -> int:
         equations = self.traced_step(model, arguments)

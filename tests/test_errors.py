@@ -108,12 +108,15 @@ def test_a_typo_is_not_swallowed(backend, model):
         backend.generate(model, IDS, max_new_token=1)
 
 
-def test_results_have_no_tuple_form(backend, model):
+def test_results_are_read_by_name_and_by_number(backend, model):
+    """transformers.Trainer reads `[0]` and `[1:]`. Unpacking is refused: Hugging Face's results give names then."""
     with backend.scope(model):
-        output = model(input_ids=backend.tensor(IDS))
+        output = model(input_ids=backend.tensor(IDS), labels=backend.tensor(IDS))
+    assert output[0] is output["loss"] is output.loss
+    assert output[1:] == (output.logits,)
+    with pytest.raises(KeyError, match="past_key_values"):
+        output["past_key_values"]
     with pytest.raises(InputError, match=r"read a field by its name.*logits"):
-        output[0]
-    with pytest.raises(InputError, match="read a field by its name"):
         _, _ = output
 
 

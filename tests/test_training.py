@@ -149,6 +149,8 @@ def test_checkpointing_computes_every_layer_again_in_training_only(backend):
     model.gradient_checkpointing_enable()
     assert backend.recomputed_layers(model, **arguments) == 3
     assert backend.recomputed_layers(model, **arguments, use_cache=True) == 0
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    assert backend.recomputed_layers(model, **arguments) == 2
     model.gradient_checkpointing_disable()
     assert backend.recomputed_layers(model, **arguments) == 0
 
@@ -221,6 +223,76 @@ def test_layerdrop_has_the_rate_of_the_configuration(backend):
         drawn.append([row[0] for row in rows])
     assert within(np.mean(drawn), rate, np.size(drawn))
     assert len({tuple(row) for row in drawn}) == calls
+
+
+# Mixed precision
+
+MIXED = [
+    ("float16", "question_answering"),
+    ("bfloat16", "question_answering"),
+    ("bfloat16", "sequence_classification"),
+    ("float16", None),
+]
+
+
+@pytest.mark.parametrize(("dtype", "head"), MIXED)
+def test_mixed_precision_trains_on_finite_float32_numbers(backend, dtype, head):
+    """transformers#31162, peft#236, #350, #1522: NaN, or a loss of 0, of question answering in half precision.
+
+    Rows are padded on the left, and one is nothing but padding.
+    """
+    model = backend.mixed(DROPPING.replace(num_labels=3), dtype, head)
+    model.gradient_checkpointing_enable()
+    mask = np.concatenate([MASK, np.zeros_like(MASK[:1])])
+    ids, target = np.concatenate([IDS, IDS[:1]]), np.array([2, 4, 1])
+    targets = {
+        None: {"labels": ids},
+        "sequence_classification": {"labels": target % 3},
+        "question_answering": dict.fromkeys(ENDS, target),
+    }[head]
+    arguments = {"input_ids": ids, "attention_mask": mask, **targets}
+    with backend.autocast(dtype):
+        loss = backend.forward(model, training=True, **arguments).loss
+        gradients = backend.gradients(model, training=True, **arguments)
+    assert loss.dtype == np.float32
+    assert np.isfinite(loss)
+    assert loss > 0.1
+    for parameter in backend.table(model):
+        assert "float32" in str(backend.parameter(model, parameter).dtype)
+        gradient = gradients[parameter.name]
+        assert gradient.dtype == np.float32, parameter.name
+        assert np.isfinite(gradient).all(), parameter.name
+    assert max(np.abs(gradient).max() for gradient in gradients.values()) > 1e-3
+
+
+def test_the_dtype_of_a_loaded_model_is_float32_unless_told(backend, checkpoint):
+    """peft#3053, transformers#21681, #34692: a checkpoint in float16 became a model in float16, which overflowed."""
+    path = checkpoint("pre_ln", "safetensors_fp16")
+    model = backend.load(path)
+    assert all(value.dtype == np.float32 for value in backend.parameters(model).values())
+    group = expected("pre_ln")["rightpad"]
+    arguments = inputs_of(group, labels=True)
+    gradients = backend.gradients(model, training=True, **arguments)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
+    for dtype in ("float16", "auto"):
+        half = (backend.lm).from_pretrained(path, dtype=dtype)
+        assert "float16" in str(backend.parameter(half, backend.table(half)[0]).dtype)
+        assert np.isfinite(backend.forward(half, **arguments).loss), "float16 on a CPU"
+
+
+def test_a_350m_like_model_is_fine_tuned_saved_and_loaded(backend, checkpoint, tmp_path):
+    """transformers#17225, #17389: the head of 350m was saved 512 wide and expected 1024 wide."""
+    model = without_dropout(backend, checkpoint("post_ln_proj"), "float32")
+    _, batches = steps_of("post_ln_proj")
+    before = {name: value.copy() for name, value in backend.parameters(model).items()}
+    backend.train(model, batches[:1], ADAMW)
+    trained = backend.parameters(model)
+    assert not any(np.array_equal(trained[name], before[name]) for name in before)
+    model.save_pretrained(tmp_path / "mine")
+    again = backend.load(tmp_path / "mine")
+    assert all(np.array_equal(value, trained[name]) for name, value in backend.parameters(again).items())
+    found, wanted = (backend.forward(one, **batches[0]).logits for one in (again, model))
+    np.testing.assert_array_equal(found, wanted)
 
 
 # Optimizer
