@@ -204,7 +204,11 @@ class Decoder:
         self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = [tuple(map(jnp.asarray, processor.arguments)) for processor in prompt.processors]
-        self.graphdef, self.state = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        self.leaves, tree = jax.tree.flatten(state)
+        structure = Structure(graphdef, tree)
+        # The one that compiled programs know: comparing it with itself costs nothing.
+        self.structure = _STRUCTURES.setdefault(structure, structure)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
@@ -253,10 +257,10 @@ class Decoder:
         step = _step if choice.rows_B is None or len(choice.rows_B) == len(self.mask_BS) else _resizing_step
         rows_B = None if choice.rows_B is None else jnp.asarray(choice.rows_B, jnp.int32)
         found, self.cache, self.tokens_BS, self.mask_BS = step(
-            self.graphdef,
+            self.structure,
             self.program,
             choice.selection,
-            self.state,
+            self.leaves,
             self.cache,
             self.tokens_BS,
             self.mask_BS,
@@ -271,11 +275,37 @@ class Decoder:
         return {name: np.asarray(array) for name, array in found.items()}
 
 
+class Structure:
+    """How arrays make a model.
+
+    A compiled call hashes it at every token, so that it is hashed once and for all: a `GraphDef` takes over a
+    millisecond.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef["FlaxOPTForCausalLM"], tree: Any) -> None:
+        self.parts = (graphdef, tree)
+        self.hash = hash(self.parts)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.parts == other.parts)
+
+    def model(self, leaves: Sequence[Array]) -> "FlaxOPTForCausalLM":
+        """The model that the arrays make."""
+        graphdef, tree = self.parts
+        return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
+_STRUCTURES: dict[Structure, Structure] = {}
+
+
 def _one_step(
-    graphdef: nnx.GraphDef["FlaxOPTForCausalLM"],
+    structure: Structure,
     program: Program,
     selection: Selection,
-    state: nnx.State,
+    leaves: list[Array],
     cache: KVCache,
     tokens_BS: Array,
     mask_BS: Array,
@@ -287,7 +317,7 @@ def _one_step(
     gates_P: Array,
     choice_arguments: tuple[Array, ...],
 ) -> tuple[dict[str, Array], KVCache, Array, Array]:
-    model = nnx.merge(graphdef, state)
+    model = structure.model(leaves)
     if rows_B is not None:
         cache = cache.reordered(rows_B)
         tokens_BS, mask_BS = tokens_BS[rows_B], mask_BS[rows_B]
@@ -310,6 +340,6 @@ def _one_step(
     return select(step, selection, choice_arguments), outputs.past_key_values, tokens_BS, mask_BS
 
 
-_STATIC = ("graphdef", "program", "selection")
+_STATIC = ("structure", "program", "selection")
 _step = jax.jit(_one_step, static_argnames=_STATIC, donate_argnames=("cache", "tokens_BS", "mask_BS"))
 _resizing_step = jax.jit(_one_step, static_argnames=_STATIC)

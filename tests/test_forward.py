@@ -83,6 +83,7 @@ def test_no_mask_means_all_ones(backend, load, variant):
 @pytest.mark.parametrize("group", ["explicit_pos", "inputs_embeds"])
 @pytest.mark.parametrize("variant", THOROUGH)
 def test_explicit_positions_and_embeddings(backend, load, variant, group):
+    """transformers#33121: OPT took no position_ids; TensorFlow's took them and looked at none."""
     golden = expected(variant)[group]
     found = backend.forward(load(backend, variant), **inputs_of(golden))
     compare(found.logits, golden["logits"], FLOAT32, what=group, attended=golden.get("attention_mask"))

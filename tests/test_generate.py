@@ -101,6 +101,18 @@ def test_generating_leaves_the_model_as_it_was(backend, load):
     compare(found.logits, group["logits"], FLOAT32)
 
 
+def test_compiled_and_uncompiled_are_the_same(backend, load):
+    """transformers#17935, #20794: generation is compiled unless one says otherwise, and says what eager code says."""
+    model = load(backend, "post_ln_proj")
+    compiled = backend.generate(model, PROMPTS, PADDED_LEFT, max_new_tokens=3)
+    before = backend.compilations()
+    with backend.uncompiled():
+        eager = backend.generate(model, PROMPTS, PADDED_LEFT, max_new_tokens=3)
+    assert backend.compilations() == before
+    assert bool(before) == backend.compiles
+    np.testing.assert_array_equal(eager, compiled)
+
+
 def test_one_compiled_step_serves_all_tokens_and_all_prompts_of_a_bucket(backend, load, monkeypatch):
     """Python code of the model runs only while it is compiled: a second text of the same bucket must run none of it."""
     if not backend.compiles:

@@ -139,7 +139,7 @@ def test_no_seed_draws_anew(backend, load):
         ({"bad_words_ids": [[]]}, "bad_words_ids is"),
         ({"suppress_tokens": [512]}, "suppress_tokens has the id 512, but this model has ids from 0 to 511"),
         ({"eos_token_id": [], "exponential_decay_length_penalty": (2, 1.5)}, "of which there is none"),
-        ({"num_beams": 2}, "no setting num_beams"),
+        ({"num_beam": 2}, "no setting num_beam;"),
     ],
 )
 def test_settings_that_cannot_be(backend, load, settings, message):
