@@ -16,22 +16,25 @@ from conversion.canonical import EMBEDDING
 from conversion.checkpoint import Checkpoint, checked_parameters, open_checkpoint
 from conversion.convert import locate
 from conversion.dtypes import BY_NUMPY
-from conversion.tensors import Array, pieces
-from conversion.verify import verify
+from conversion.function import hidden_states, inputs_for, part_name
+from conversion.tensors import Array, fetch, pieces
+from conversion.verify import LARGEST_FUNCTION, verify
 from opt_common.config import OPTConfig
 from opt_common.errors import OPTError
 from opt_common.hub import FORMATS, METASEQ
 from opt_common.json_file import read_json
 from opt_common.native_files import home_of
-from opt_common.params import parameter_table
+from opt_common.params import count_parameters, parameter_table
 from opt_common.tokenizer import OPTTokenizer
 
-PROBLEM, NOTE = "problem", "note"
-"""How bad a finding is: a problem gives wrong results or none, here or in other software; a note is good to know."""
+PROBLEM, NOTE, EXPECTED = "problem", "note", "expected"
+"""How bad a finding is: a problem gives wrong results or none, here or in other software; a note is good to know; what
+is expected looks like damage and is none."""
 
 _FINAL_NORM = "model.decoder.final_layer_norm.weight"
 _OPT_BOS = 2
 _OPT_TOKENS, _OPT_ROWS = 50265, 50272
+_LARGEST_HALF = float(np.finfo(np.float16).max)
 _SHOWN = 3
 
 
@@ -41,7 +44,7 @@ class Finding:
 
     Attributes:
         state: a short name that stays the same, for machines.
-        severity: `PROBLEM` or `NOTE`.
+        severity: `PROBLEM`, `NOTE` or `EXPECTED`.
         what: what is the matter.
         where: the file or directory.
         remedy: what to do.
@@ -139,13 +142,18 @@ def _weights(source: Path) -> list[Path]:
 def _checkpoint_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
     stories = [*_norm_findings(checkpoint, where), *_vocabulary_findings(checkpoint, where)]
     yield from stories
+    fits = not stories
     if not stories:
         try:
             checked_parameters(checkpoint, parameter_table(checkpoint.config, head=checkpoint.head))
         except OPTError as error:
+            fits = False
             yield _unreadable(where, error)
     yield from _name_findings(checkpoint, where)
-    yield from _number_findings(checkpoint, where)
+    numbers = list(_number_findings(checkpoint, where))
+    yield from numbers
+    if fits and all(finding.state == "norms-of-one" for finding in numbers):
+        yield from _activation_findings(checkpoint, where)
 
 
 def _norm_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
@@ -207,9 +215,9 @@ def _name_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
 
 def _number_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
     """Numbers that are none, and such as float16 can't hold."""
-    largest = float(np.finfo(np.float16).max)
     broken: list[str] = []
     wide: list[str] = []
+    norms: list[bool] = []
     for name in checkpoint.names:
         array = checkpoint.read(name)
         if not BY_NUMPY[array.dtype].floating:
@@ -217,15 +225,39 @@ def _number_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
         peak = _peak(name, array)
         if not np.isfinite(peak):
             broken.append(name)
-        elif peak > largest:
+        elif peak > _LARGEST_HALF:
             wide.append(name)
+        if name.endswith("layer_norm.weight"):
+            norms.append(bool((fetch(array) == 1).all()))
     if broken:
         what = f"Not all numbers are finite in {_listed(broken)}."
         remedy = "Fetch the checkpoint again, or convert the original to a wider dtype such as bfloat16."
         yield _finding("not-finite", what, where, remedy)
     if wide:
-        what = f"Numbers beyond float16's {largest:g} are in {_listed(wide)}; loaded in float16 they become infinite."
+        what = f"Numbers beyond float16's {_LARGEST_HALF:g} are in {_listed(wide)}; in float16 they become infinite."
         yield _finding("float16-overflow", what, where, "Use bfloat16 or float32.", NOTE)
+    if norms and all(norms):
+        what = (
+            "The weight of every layer norm is exactly 1, as in published OPT-125m, 1.3b and larger: so they were "
+            "trained, and nothing was lost."
+        )
+        yield _finding("norms-of-one", what, where, "Nothing.", EXPECTED)
+
+
+def _activation_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
+    """Hidden states that float16 can't hold, of a model that is small enough to be computed here."""
+    if count_parameters(checkpoint.config) > LARGEST_FUNCTION:
+        return
+    with np.errstate(all="ignore"):
+        states = hidden_states(checkpoint, inputs_for(checkpoint.config, None))
+        peaks = [float(np.abs(state).max(initial=0.0)) for state in states]
+    first = next((index for index, peak in enumerate(peaks) if not peak <= _LARGEST_HALF), None)
+    if first is not None:
+        what = (
+            f"Hidden states go beyond float16's {_LARGEST_HALF:g} (up to {max(peaks):.3g}), first at "
+            f"{part_name(first, len(peaks))}; computed in float16 they become infinite."
+        )
+        yield _finding("float16-overflow", what, where, "Compute in bfloat16 or float32.", NOTE)
 
 
 def _peak(name: str, array: Array) -> float:

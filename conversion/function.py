@@ -177,6 +177,12 @@ def run_reference(checkpoint: Checkpoint, inputs: Inputs) -> Run:
     return _continued(output.hidden_states, output.logits, greedy[:, inputs.prompt.shape[1] :], attended_BT)
 
 
+def hidden_states(checkpoint: Checkpoint, inputs: Inputs) -> tuple[Array, ...]:
+    """The hidden states of a checkpoint in the reference, at attended positions."""
+    states, _ = decode(checkpoint.config, _Lazy(checkpoint), inputs.ids, inputs.mask)
+    return _attended(states, inputs.mask.astype(bool))
+
+
 def run_framework(framework: str, directory: Path, checkpoint: Checkpoint, inputs: Inputs) -> Run:
     """Compute a checkpoint in a framework, in a process of its own.
 

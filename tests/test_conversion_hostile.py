@@ -162,6 +162,7 @@ SAFETENSORS = {
     "entry with more keys": safetensors({"a": {**entry(), "more": 1}}),
     "format of NumPy": safetensors({"__metadata__": {"format": "np"}, "a": entry()}),
     "format a list": safetensors({"__metadata__": {"format": ["pt"]}, "a": entry()}),
+    "metadata with a list in it": safetensors({"__metadata__": {"format": "pt", "x": []}, "a": entry()}),
     "metadata a number": safetensors({"__metadata__": 3, "a": entry()}),
     "header a list": safetensors([1]),
     "deep lists": safetensors(b"[" * 100_000),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conversion import cli, convert, open_checkpoint
-from conversion.doctor import NOTE, PROBLEM, doctor
+from conversion.doctor import EXPECTED, NOTE, PROBLEM, doctor
 from conversion.formats import safetensors_file
 from conversion.tensors import TensorInfo, TensorSpec
 from opt_common.config import OPTConfig
@@ -135,6 +135,39 @@ def test_row_19_numbers_that_float16_cannot_hold(tmp_path: Path):
     assert states(remake(tmp_path / "a", PRE_LN, spoil(-70000))) == [("float16-overflow", NOTE)]
     assert states(remake(tmp_path / "b", PRE_LN, spoil(np.inf))) == [("not-finite", PROBLEM)]
     assert states(remake(tmp_path / "c", PRE_LN, spoil(np.nan))) == [("not-finite", PROBLEM)]
+
+
+def test_row_19_hidden_states_that_float16_cannot_hold(tmp_path: Path):
+    def loud(arrays: Arrays) -> None:
+        arrays["model.decoder.layers.1.fc2.bias"] = np.full(32, 40_000, np.float32)
+        arrays["model.decoder.layers.0.fc2.bias"] = np.full(32, 40_000, np.float32)
+
+    source = remake(tmp_path / "a", PRE_LN, loud)
+    assert states(source) == [("float16-overflow", NOTE)]
+    assert "first at layer 1;" in doctor(source).findings[0].what
+
+
+def test_row_16_norms_of_one_are_expected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """transformers#24243: it looks like an initialised model and is how most of OPT was trained."""
+
+    def ones(arrays: Arrays) -> None:
+        for name in arrays:
+            if name.endswith("layer_norm.weight"):
+                arrays[name] = np.ones_like(arrays[name])
+
+    source = remake(tmp_path / "a", PRE_LN, ones)
+    assert states(source) == [("norms-of-one", EXPECTED)]
+    assert doctor(source).healthy
+    assert cli.main(["doctor", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert "expected norms-of-one: The weight of every layer norm is exactly 1" in out
+    assert out.endswith("0 problems\n")
+
+    def nearly(arrays: Arrays) -> None:
+        ones(arrays)
+        arrays[f"{NORM}.weight"][3] = np.nextafter(np.float32(1), np.float32(2))
+
+    assert states(remake(tmp_path / "b", PRE_LN, nearly)) == []
 
 
 def test_what_cannot_be_read_is_a_finding(tmp_path: Path):

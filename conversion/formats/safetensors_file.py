@@ -123,6 +123,8 @@ def _header(path: Path, buffer: mmap.mmap) -> tuple[dict[str, Any], int]:
 def _scheme(path: Path, metadata: object) -> Scheme:
     if not isinstance(metadata, dict):
         raise damaged(path, "__metadata__ is not a JSON object")
+    if not all(isinstance(value, str) for value in metadata.values()):  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        raise damaged(path, "__metadata__ holds something else than texts")
     # No "format" at all means PyTorch, as in Hugging Face's loader.
     stored: object = metadata.get("format", "pt")  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     if not isinstance(stored, str) or stored not in _SCHEMES:

@@ -27,7 +27,10 @@ def difference(kind: str, directory: Path) -> str:
     if not path.is_file():
         return ""
     reader = READERS[format_name](path)
-    theirs = _LIBRARIES[format_name](path)
+    try:
+        theirs = _LIBRARIES[format_name](path)
+    except Exception as error:  # each library has its own
+        return f"the other library refuses the file: {error!r:.300}"
     if theirs is None:
         return ""
     for name in reader.tensors:
