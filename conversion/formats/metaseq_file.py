@@ -450,8 +450,9 @@ def _is_copy(name: str, number: int, a: _Tensor, b: _Tensor) -> bool:
         return True
     if not BY_NUMPY[a.info.dtype].floating:
         return False
-    wide, other_wide = one.astype(np.float64), other.astype(np.float64)
-    difference = float(np.abs(wide - other_wide).max())
+    with np.errstate(invalid="ignore"):  # of NaNs; copies that hold any are no copies
+        wide, other_wide = one.astype(np.float64), other.astype(np.float64)
+        difference = float(np.abs(wide - other_wide).max(initial=0.0))
     step = 2.0 ** -_fraction_bits(a.info.dtype)
     if not difference <= max(_COPIES_TOLERANCE, _COPIES_STEPS * step) * float(np.abs(wide).max()):
         return False

@@ -93,10 +93,15 @@ KINDS: Mapping[str, Callable[[random.Random], Files]] = {
 """How to make an input of each kind."""
 
 
+def kind_of(number: int) -> str:
+    """The kind of an input."""
+    return tuple(KINDS)[number % len(KINDS)]
+
+
 def make(seed: int, number: int) -> tuple[str, Files]:
     """The input of a number: its kind and its files. The same for the same seed and number, on every machine."""
     rng = random.Random(f"{seed}:{number}")
-    kind = tuple(KINDS)[number % len(KINDS)]
+    kind = kind_of(number)
     return kind, KINDS[kind](rng)
 
 

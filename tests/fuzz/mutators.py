@@ -55,6 +55,9 @@ def _entry(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
         return header
     name, other = rng.choice(names), rng.choice(names)
     entry = dict(header[name])
+    # It may have been changed before.
+    if not isinstance(entry.get("shape"), list) or len(entry.get("data_offsets") or "") != 2:
+        return header
     choice = rng.random()
     if choice < 0.2:
         entry["dtype"] = rng.choice(("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E5M2", "C64", value(rng)))

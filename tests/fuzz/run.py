@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.guard import CONSTANT, FACTOR, SECONDS
-from tests.fuzz.inputs import FINDINGS, KINDS, ROUND, Outcome, attempt, make
+from tests.fuzz.inputs import FINDINGS, KINDS, ROUND, Outcome, attempt, kind_of
 
 _ADDRESS_SPACE = 8 << 30
 """Bytes that a process may map: what the accounting of Python does not see ends here."""
@@ -94,6 +94,7 @@ class _Worker:
 
     def end(self) -> None:
         """End the process, however it is."""
+        self.process.join(timeout=1)  # one that has ended says how
         self.process.kill()
         self.process.join()
         self.pipe.close()
@@ -120,7 +121,7 @@ def fuzz(seed: int, count: int, workers: int, *, progress: bool = False, work: W
                 worker.end()
                 code = worker.process.exitcode
                 result = "hang" if time.monotonic() - worker.heard > _STALLED else "crash"
-                kind, _ = make(seed, worker.current)
+                kind = kind_of(worker.current)
                 totals.add(worker.current, Outcome(kind, "", result, f"the process ended with code {code}"))
                 running.append(worker.after())
         for number, outcome in totals.findings[told:] if progress else ():
