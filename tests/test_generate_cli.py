@@ -63,7 +63,7 @@ def test_any_other_setting(generate):
     ("arguments", "message"),
     [
         (["--temperature", "2"], "temperature would change nothing"),
-        (["--set", "num_beams=2"], "no setting num_beams"),
+        (["--set", "num_beans=2"], "no setting num_beans"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0, expected a positive integer"),
         (["--input", "no-such-file"], "no-such-file cannot be read"),
         (["prompt", "--input", "file"], "both as arguments and by --input"),
@@ -184,13 +184,16 @@ def test_a_conversation_reads_only_what_is_new(generate, monkeypatch):
 def test_in_a_terminal():
     """A real one: text streams, a person adds to it, Ctrl-C ends an answer, and at the prompt the program."""
     program = """
-import fcntl, sys, termios
+import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on, Ctrl-C on this terminal is a signal to this program
+from opt_common import streaming
 from opt_torch.cli import main
+
+push = streaming.TextDecoder.push
+streaming.TextDecoder.push = lambda *arguments: time.sleep(0.2) or push(*arguments)  # time enough to interrupt it
 sys.exit(main())
 """
-    # Slow, so that there is time to interrupt it.
-    options = ["--interactive", "--max-new-tokens", "240", "--eos-token-id", "[]", "--no-use-cache"]
+    options = ["--interactive", "--max-new-tokens", "240", "--eos-token-id", "[]"]
     mine, theirs = pty.openpty()
     with subprocess.Popen(
         [sys.executable, "-c", program, "generate", *options],
@@ -202,23 +205,24 @@ sys.exit(main())
     ) as process:
         os.close(theirs)
         try:
-            wait_for(b"> ", mine)
+            rest = wait_for(b"> ", mine)
             os.write(mine, b"Once upon a time\n")
-            wait_for(b"there was", mine)
+            rest = wait_for(b"there was", mine, rest)
             os.write(mine, b"\x03")
-            wait_for(b"> ", mine)  # not the end of the program
+            rest = wait_for(b"> ", mine, rest)  # not the end of the program
             os.write(mine, b"\x03")
-            wait_for(b"opt-torch: interrupted.", mine)
+            wait_for(b"opt-torch: interrupted.", mine, rest)
             assert process.wait(timeout=100) == 130
         finally:
             process.kill()
             os.close(mine)
 
 
-def wait_for(text, terminal):
-    """Read a terminal until it shows a text."""
-    shown, end = b"", time.monotonic() + 100
+def wait_for(text, terminal, shown=b""):
+    """Read a terminal until it shows a text, and return what it showed behind that."""
+    end = time.monotonic() + 100
     while text not in shown:
         assert time.monotonic() < end, shown.decode()
         if select.select([terminal], [], [], 0.2)[0]:
             shown += os.read(terminal, 4096)
+    return shown.partition(text)[2]

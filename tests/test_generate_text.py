@@ -149,6 +149,18 @@ def test_embeddings_in_place_of_ids(backend, model_of):
         backend.generate(model, PROMPTS[:, 1:], LEFT[:, 1:], inputs_embeds=embeds)
 
 
+def test_beams_from_embeddings_and_from_a_cache(backend, model_of):
+    """LAVIS#239, transformers#21599: prompts were given to the wrong beams."""
+    model = model_of(backend)
+    settings = {"max_new_tokens": 3, "num_beams": 3, "num_return_sequences": 2}
+    wanted = backend.generate(model, PROMPTS, LEFT, **settings)
+    embeds = backend.tensor(backend.parameters(model)["model.decoder.embed_tokens.weight"][PROMPTS])
+    np.testing.assert_array_equal(backend.generate(model, None, LEFT, inputs_embeds=embeds, **settings), wanted[:, 5:])
+    past = backend.forward(model, input_ids=PROMPTS[:, :3], attention_mask=LEFT[:, :3], use_cache=True, checked=True)
+    found = backend.generate(model, PROMPTS, LEFT, past_key_values=past.cache, **settings)
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_cache_is_continued(backend, model_of):
     """In turns, only new columns are read, and the text is that of one run over all of it (transformers#21685)."""
     model = model_of(backend)

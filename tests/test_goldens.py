@@ -18,7 +18,7 @@ from tests.cases import (
 from tests.paths import GOLDENS
 from tests.seeded import seeded_weight
 
-LIMIT_BYTES = 15_000_000
+LIMIT_BYTES = 16_000_000
 
 
 @pytest.mark.parametrize("variant", SMALL_VARIANTS)
