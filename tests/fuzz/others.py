@@ -21,10 +21,7 @@ def difference(kind: str, directory: Path) -> str:
     HDF5's own library is not asked: files such as these make it loop for ever.
     """
     format_name = kind.partition(" ")[0]
-    if format_name not in _LIBRARIES:
-        return ""
-    path = directory / FORMATS[format_name].single
-    if not path.is_file():
+    if format_name not in _LIBRARIES or not (path := directory / FORMATS[format_name].single).is_file():
         return ""
     reader = READERS[format_name](path)
     try:
