@@ -39,8 +39,7 @@ class Linear(nn.Linear):
     def suits_onednn(self, inputs: Tensor) -> bool:
         """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL.
 
-        oneDNN is as fast as MKL on Intel's processors, up to 2.5 times faster from 5 rows on, and 2 to 3 times faster
-        on AMD's; from 2 to 4 rows it is slower. It has no gradients here.
+        From 2 to 4 rows MKL is the faster one, for one row or many it is not. The operator has no gradients.
         """
         rows = inputs.numel() // self.in_features
         return (

@@ -21,7 +21,15 @@ INT8_PERPLEXITY = 1.005
 """Perplexity in 8 bits over that in float32: half a percent."""
 
 INT4_PERPLEXITY = 1.03
-"""The same in 4 bits: groups of 32 have steps 17 times as wide as 8 bits have; measured are 0.3 percent."""
+"""The same in 4 bits: groups of 32 have steps 17 times as wide as 8 bits have; measured are 0.15 percent on stories."""
+
+
+GREEDY = [
+    [416, 613, 425, 15, 501, 438, 262, 661, 280, 443, 287, 1029],
+    [276, 988, 394, 367, 389, 799, 1014, 17, 950, 1355, 17, 301],
+    [416, 833, 425, 15, 687, 280, 501, 557, 330, 639, 651, 434],
+]
+"""The twelve ids that follow each sentence, in every framework."""
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +119,7 @@ def test_logits_and_text_are_the_same_in_every_framework(backend, directory, bat
     attended = batch["attention_mask"].astype(bool)
     assert np.abs(found - reference)[attended].max() < 0.02 * np.abs(reference).max()
     ids = backend.generate(model, batch["input_ids"], batch["attention_mask"], max_new_tokens=12)
-    digests = [int(token) for token in ids[:, -12:].sum(axis=1)]
-    assert digests == GREEDY_SUMS
+    assert ids[:, -12:].tolist() == GREEDY
     row = backend.generate(model, batch["input_ids"][1:2], batch["attention_mask"][1:2], max_new_tokens=12)
     assert (row[0, -12:] == ids[1, -12:]).all()
 
@@ -185,7 +192,3 @@ def test_what_a_framework_does_not_have_is_refused(backend, directory):
     if "int4" not in schemes(backend):
         with pytest.raises(ConfigError, match="'int4', which this framework does not have"):
             backend.load(directory, quantization="int4")
-
-
-GREEDY_SUMS = [5370, 6867, 5768]
-"""Sums of the twelve ids that follow each sentence; the same in every framework."""
