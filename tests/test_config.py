@@ -134,6 +134,7 @@ def test_every_field_goes_through_a_file():
         "label2id": {"no": 0, "yes": 1, "maybe": 2},
         "problem_type": "regression",
         "dtype": "bfloat16",
+        "quantization": "int8-dynamic",
         "extra": {"prefix": "x"},
     }
     assert set(changed) == {field.name for field in dataclasses.fields(OPTConfig)}
