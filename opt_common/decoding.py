@@ -38,6 +38,11 @@ class Selection(NamedTuple):
     size: int = 0
     details: tuple[str, ...] = ()
 
+    @property
+    def compares_states(self) -> bool:
+        """Whether the last hidden states of all that was read are kept; see `opt_common.contrastive`."""
+        return self.name in {"candidates", "contrast"}
+
 
 TOKEN = Selection()
 """One token a row."""

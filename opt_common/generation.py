@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
+from opt_common.contrastive import contrastive_search
 from opt_common.decoding import Arrays, Decoder, Generated, Ids, Past, Prompt, Reader, collect, decode_tokens
 from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import GenerationConfig
@@ -48,7 +49,8 @@ def token_steps(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) ->
         Each step's "tokens", (B,), and its details.
     """
     reader = Reader(decoder, prompt, use_cache=settings.use_cache)
-    return decode_tokens(reader, prompt, settings)
+    strategy = contrastive_search if settings.strategy == "contrastive_search" else decode_tokens
+    return strategy(reader, prompt, settings)
 
 
 def streamed(steps: Iterator[Arrays], prompt: Prompt, streamer: Streamer) -> Iterator[Arrays]:
@@ -224,12 +226,13 @@ def _room(config: OPTConfig, settings: GenerationConfig, length: int, longest: i
             raise GenerationError(
                 f"The prompt has {length} tokens and max_length is {max_length}: no room is left. Pass max_new_tokens."
             )
-    limit = config.max_position_embeddings
-    # The last new token is never read, so it needs no position.
-    if longest + new_tokens - 1 > limit:
+    # The last new token is never read, so it needs no position; among candidates, it is.
+    limit = config.max_position_embeddings + (settings.strategy != "contrastive_search")
+    if longest + new_tokens > limit:
         raise GenerationError(
-            f"A prompt of {longest} tokens and {new_tokens} new ones do not fit: this model has positions for {limit}. "
-            f"Shorten the prompt, or pass max_new_tokens={max(limit - longest + 1, 0)} or less."
+            f"A prompt of {longest} tokens and {new_tokens} new ones do not fit: this model has positions for "
+            f"{config.max_position_embeddings}. Shorten the prompt, or pass max_new_tokens={max(limit - longest, 0)} "
+            "or less."
         )
     return new_tokens
 
@@ -251,6 +254,11 @@ def _read_past(config: OPTConfig, settings: GenerationConfig, past_key_values: A
     if held > length:
         problems.append(
             f"past_key_values holds {held} tokens, but the prompts have {length}: give the whole text, past included."
+        )
+    if settings.strategy == "contrastive_search":
+        problems.append(
+            "past_key_values can't be continued by contrastive search, which compares hidden states of the whole text "
+            "that a cache does not hold: leave past_key_values or penalty_alpha out."
         )
     if not settings.use_cache:
         problems.append("past_key_values needs the cache: leave use_cache=False out.")

@@ -53,13 +53,16 @@ class GenerationConfig:
         num_return_sequences: (sampling, beams) how many continuations of each prompt; those of one prompt follow each
             other. With beams at most `num_beams`, best first.
         temperature: (sampling) scores are divided by it.
-        top_k: (sampling) keep the k best tokens and those equal to the last of them; 0 keeps all, None means 50.
+        top_k: (sampling) keep the k best tokens and those equal to the last of them; 0 keeps all, None means 50. In
+            contrastive search, how many candidates there are for each token.
         top_p: (sampling) keep the fewest likeliest tokens whose probabilities sum to more than this; 1 keeps all.
         min_p: (sampling) keep tokens with at least this share of the likeliest one's probability.
         typical_p: (sampling) keep the fewest tokens, those nearest to the expected information first, whose
             probabilities sum to this; 1 keeps all.
         epsilon_cutoff: (sampling) keep tokens of at least this probability; 0 keeps all.
         eta_cutoff: (sampling) as `epsilon_cutoff`, lowered where the distribution is broad; 0 keeps all.
+        penalty_alpha: (contrastive search, see `opt_common.contrastive`) from 0 to 1: how much a candidate's likeness
+            to the text before counts against its probability; 0 and None search otherwise.
 
     Beams, see `opt_common.beams`:
 
@@ -123,6 +126,7 @@ class GenerationConfig:
     typical_p: float = 1.0
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
+    penalty_alpha: float | None = None
     num_beams: int = 1
     early_stopping: bool | str = False
     length_penalty: float = 1.0
@@ -382,6 +386,7 @@ _RULES = {
     "typical_p": _Rule("a number above 0, up to 1", _number(0, 1, open_below=True)),
     "epsilon_cutoff": _PROBABILITY,
     "eta_cutoff": _PROBABILITY,
+    "penalty_alpha": _PROBABILITY,
     "num_beams": _POSITIVE,
     "early_stopping": _Rule('True, False or "never"', _stopping),
     "length_penalty": _Rule("a number", _number(-math.inf, math.inf)),

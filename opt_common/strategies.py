@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 STRATEGIES = {
     "greedy_search": "the likeliest token is taken",
     "sample": "each token is drawn by its probability",
+    "contrastive_search": "the likeliest tokens are tried, and one that repeats little of the text is taken",
     "beam_search": "the likeliest text of several beams is taken",
     "beam_sample": "several beams are drawn by their probability",
     "group_beam_search": "groups of beams keep away from each other",
@@ -23,10 +24,10 @@ BEAM_STRATEGIES = frozenset(name for name in STRATEGIES if "beam" in name)
 SAMPLING_STRATEGIES = frozenset({"sample", "beam_sample"})
 """Strategies that draw."""
 
-TOKEN_BY_TOKEN = ("greedy_search", "sample")
+TOKEN_BY_TOKEN = ("greedy_search", "sample", "contrastive_search")
 """Strategies that append tokens and take none back, so that a text can be shown as it grows."""
 
-KEEPS_CACHE = TOKEN_BY_TOKEN
+KEEPS_CACHE = ("greedy_search", "sample")
 """Strategies whose last step has read the very rows that come back."""
 
 
@@ -35,7 +36,9 @@ def strategy_of(settings: "GenerationConfig") -> str:
     if settings.constraints or settings.force_words_ids:
         return "constrained_beam_search"
     if settings.num_beams == 1:
-        return "sample" if settings.do_sample else "greedy_search"
+        if settings.do_sample:
+            return "sample"
+        return "contrastive_search" if settings.penalty_alpha else "greedy_search"
     if settings.num_beam_groups > 1:
         return "group_beam_search"
     return "beam_sample" if settings.do_sample else "beam_search"
@@ -52,10 +55,12 @@ class _Use:
 
 _USES = (
     _Use(
-        ("seed", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        ("seed", "temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
         SAMPLING_STRATEGIES,
         "do_sample=True",
     ),
+    _Use(("top_k",), SAMPLING_STRATEGIES | {"contrastive_search"}, "do_sample=True or penalty_alpha"),
+    _Use(("penalty_alpha",), {"contrastive_search"}, "a penalty_alpha above 0, with neither do_sample nor num_beams"),
     _Use(("do_sample",), SAMPLING_STRATEGIES, "num_beam_groups=1 and no constraints"),
     _Use(("num_return_sequences",), SAMPLING_STRATEGIES | BEAM_STRATEGIES, "do_sample=True or num_beams"),
     _Use(("early_stopping", "length_penalty"), BEAM_STRATEGIES, "num_beams of 2 or more"),
@@ -106,6 +111,8 @@ def conflicting_settings(settings: "GenerationConfig") -> list[str]:
         problems.append(f"num_beams is {beams}, expected a multiple of num_beam_groups, which is {groups}.")
     if groups > 1 and settings.diversity_penalty == 0:
         problems.append("num_beam_groups needs a diversity_penalty above 0: without it all groups are the same.")
+    if settings.strategy == "contrastive_search" and settings.top_k in {0, 1}:
+        problems.append(f"top_k is {settings.top_k}, but penalty_alpha chooses among top_k candidates: pass 2 or more.")
     if settings.constraints or settings.force_words_ids:
         if beams == 1:
             problems.append("force_words_ids and constraints need beams to choose from. Pass num_beams of 2 or more.")

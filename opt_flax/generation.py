@@ -19,7 +19,8 @@ from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
-from opt_flax.cache import KVCache
+from opt_flax.cache import KVCache, append
+from opt_flax.contrastive import preferred, rows_of
 from opt_flax.processors import History
 from opt_flax.selection import Step, select
 
@@ -230,6 +231,7 @@ class Decoder:
         tokens_BS = np.zeros_like(mask_BS)
         tokens_BS[:, :start] = input_ids_BT[:, :start]
         self.mask_BS, self.tokens_BS = jnp.asarray(mask_BS), jnp.asarray(tokens_BS)
+        self.states_BS1E = self.room_for_states() if choice.selection.compares_states else None
         self.text_start = 0 if self.prompt.has_ids else self.padding + T
         embeds_BTE = None if self.prompt.inputs_embeds is None else self.prompt.inputs_embeds[:, start:]
         if embeds_BTE is not None:
@@ -242,6 +244,11 @@ class Decoder:
         slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
         length = int(self.cache.length) - self.padding
         return self.cache if slots_BS is None else self.cache.gathered(jnp.asarray(slots_BS), length)
+
+    def room_for_states(self) -> Array:
+        """Where the last hidden states of all that is read are kept, beside the cache."""
+        shape_BS1E = (*self.mask_BS.shape, 1, self.model.config.word_embed_proj_dim)
+        return jnp.zeros(shape_BS1E, self.model.dtype)
 
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
@@ -256,7 +263,7 @@ class Decoder:
         # Buffers of another size cannot be used again for the result.
         step = _step if choice.rows_B is None or len(choice.rows_B) == len(self.mask_BS) else _resizing_step
         rows_B = None if choice.rows_B is None else jnp.asarray(choice.rows_B, jnp.int32)
-        found, self.cache, self.tokens_BS, self.mask_BS = step(
+        found, self.cache, self.tokens_BS, self.mask_BS, self.states_BS1E = step(
             self.structure,
             self.program,
             choice.selection,
@@ -264,6 +271,7 @@ class Decoder:
             self.cache,
             self.tokens_BS,
             self.mask_BS,
+            self.states_BS1E,
             jnp.asarray(ids_BT, jnp.int32),
             None if embeds_BTE is None else jnp.asarray(embeds_BTE, self.model.dtype),
             rows_B,
@@ -309,6 +317,7 @@ def _one_step(
     cache: KVCache,
     tokens_BS: Array,
     mask_BS: Array,
+    states_BS1E: Array | None,
     ids_BT: Array,
     embeds_BTE: Array | None,
     rows_B: Array | None,
@@ -316,20 +325,31 @@ def _one_step(
     arguments: list[tuple[Array, ...]],
     gates_P: Array,
     choice_arguments: tuple[Array, ...],
-) -> tuple[dict[str, Array], KVCache, Array, Array]:
+) -> tuple[dict[str, Array], KVCache, Array, Array, Array | None]:
     model = structure.model(leaves)
     if rows_B is not None:
         cache = cache.reordered(rows_B)
         tokens_BS, mask_BS = tokens_BS[rows_B], mask_BS[rows_B]
+        states_BS1E = None if states_BS1E is None else states_BS1E[rows_B]
     outputs = model.model.decoder(
         ids_BT, attention_mask=mask_BS, inputs_embeds=embeds_BTE, past_key_values=cache, use_cache=True
     )
     tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, ids_BT, cache.length, axis=1)
+    if states_BS1E is not None:
+        states_BS1E = append(states_BS1E, outputs.last_hidden_state[:, :, None], cache.length)
     length = outputs.past_key_values.length
     slots_S = jnp.arange(mask_BS.shape[1])
     attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < length)
     history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=length)
-    logits_BV = model.logits(outputs.last_hidden_state[:, -1])
+    hidden_BE = outputs.last_hidden_state[:, -1]
+    found = {}
+    if selection.name == "contrast":
+        assert states_BS1E is not None
+        before_BS = (mask_BS > 0) & (slots_S < length - 1)
+        found["places"] = preferred(states_BS1E[:, :, 0], before_BS, hidden_BE, *choice_arguments)
+        kept_B = rows_of(found["places"], selection.size)
+        hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
+    logits_BV = model.logits(hidden_BE)
     step = Step(
         logits_BV=logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32)),
         history=history,
@@ -337,9 +357,10 @@ def _one_step(
         arguments=arguments,
         gates_P=gates_P,
     )
-    return select(step, selection, choice_arguments), outputs.past_key_values, tokens_BS, mask_BS
+    found |= select(step, selection, choice_arguments)
+    return found, outputs.past_key_values, tokens_BS, mask_BS, states_BS1E
 
 
 _STATIC = ("structure", "program", "selection")
-_step = jax.jit(_one_step, static_argnames=_STATIC, donate_argnames=("cache", "tokens_BS", "mask_BS"))
+_step = jax.jit(_one_step, static_argnames=_STATIC, donate_argnames=("cache", "tokens_BS", "mask_BS", "states_BS1E"))
 _resizing_step = jax.jit(_one_step, static_argnames=_STATIC)

@@ -20,6 +20,10 @@ class History:
     attended_BS: Array
     length: Array
 
+    def of(self, rows_B: Array | np.ndarray) -> "History":
+        """The texts of some rows."""
+        return dataclasses.replace(self, tokens_BS=self.tokens_BS[rows_B], attended_BS=self.attended_BS[rows_B])
+
     def last(self, count: int) -> Array:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""
         positions = self.length - count + jnp.arange(count)

@@ -37,10 +37,9 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
-        history = dataclasses.replace(
-            self.history, tokens_BS=self.history.tokens_BS[rows_B], attended_BS=self.history.attended_BS[rows_B]
+        return dataclasses.replace(
+            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
         )
-        return dataclasses.replace(self, logits_BV=self.logits_BV[rows_B], history=history, arguments=arguments)
 
     def processed(self) -> Array:
         """Scores after every processor."""
@@ -119,6 +118,15 @@ def beam_groups(step: Step, selection: Selection, arguments: Sequence[Array]) ->
     return {**stacked, **whole(step, selection, scores_BV)}
 
 
+def candidates(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """The likeliest "tokens" of each row, (B, size), likeliest first, and their "logprobs"."""
+    del arguments
+    scores_BV = step.processed()
+    places_BK = best(jnp.where(jnp.isnan(scores_BV), -jnp.inf, scores_BV), selection.size)
+    logprobs_BK = jnp.take_along_axis(log_softmax(scores_BV), places_BK, axis=1)
+    return {"tokens": places_BK, "logprobs": logprobs_BK, **whole(step, selection, scores_BV)}
+
+
 def whole(step: Step, selection: Selection, scores_BV: Array) -> dict[str, Array]:
     """The arrays as large as the vocabulary, as far as they are asked for."""
     arrays = {"scores": scores_BV, "logits": step.logits_BV}
@@ -131,6 +139,8 @@ SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Array]], dict[str, Arr
     "drawn_beams": drawn_beams,
     "asked_beams": asked_beams,
     "beam_groups": beam_groups,
+    "candidates": candidates,
+    "contrast": candidates,
 }
 
 

@@ -16,7 +16,8 @@ from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
-from opt_tf.cache import KVCache
+from opt_tf.cache import KVCache, append
+from opt_tf.contrastive import preferred, rows_of
 from opt_tf.processors import History
 from opt_tf.selection import Step, select
 
@@ -211,6 +212,7 @@ class Decoder:
         tokens_BS = np.zeros_like(mask_BS)
         tokens_BS[:, :start] = input_ids_BT[:, :start]
         self.mask_BS, self.tokens_BS = tf.convert_to_tensor(mask_BS), tf.convert_to_tensor(tokens_BS)
+        self.states_BS1E = self.room_for_states() if choice.selection.compares_states else None
         self.text_start = 0 if self.prompt.has_ids else self.padding + T
         embeds_BTE = None if self.prompt.inputs_embeds is None else self.prompt.inputs_embeds[:, start:]
         if embeds_BTE is not None:
@@ -224,6 +226,11 @@ class Decoder:
         length = int(self.cache.length) - self.padding
         return self.cache if slots_BS is None else self.cache.gathered(tf.convert_to_tensor(slots_BS), length)
 
+    def room_for_states(self) -> tf.Tensor:
+        """Where the last hidden states of all that is read are kept, beside the cache."""
+        shape_BS1E = (*self.mask_BS.shape, 1, self.model.config.word_embed_proj_dim)
+        return tf.zeros(shape_BS1E, self.model.compute_dtype)
+
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
         return self.step(ids_BT, choice)
@@ -236,7 +243,7 @@ class Decoder:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
         rows_B = None if choice.rows_B is None else tf.constant(choice.rows_B, tf.int32)
-        found, keys, values, self.tokens_BS, self.mask_BS = _compiled_step(self.model)(
+        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = _compiled_step(self.model)(
             self.program,
             choice.selection,
             cache.keys,
@@ -244,6 +251,7 @@ class Decoder:
             tf.constant(cache.length, tf.int32),
             self.tokens_BS,
             self.mask_BS,
+            self.states_BS1E,
             tf.convert_to_tensor(ids_BT, tf.int32),
             None if embeds_BTE is None else tf.convert_to_tensor(embeds_BTE, self.model.compute_dtype),
             rows_B,
@@ -280,6 +288,7 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         length: tf.Tensor,
         tokens_BS: tf.Tensor,
         mask_BS: tf.Tensor,
+        states_BS1E: tf.Tensor | None,
         ids_BT: tf.Tensor,
         embeds_BTE: tf.Tensor | None,
         rows_B: tf.Tensor | None,
@@ -287,17 +296,20 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         arguments: tuple[tuple[tf.Tensor, ...], ...],
         gates_P: tf.Tensor,
         choice_arguments: tuple[tf.Tensor, ...],
-    ) -> tuple[dict[str, tf.Tensor], tuple[tf.Tensor, ...], tuple[tf.Tensor, ...], tf.Tensor, tf.Tensor]:
+    ) -> tuple[Any, ...]:
         model = reference()
         assert model is not None
         cache = KVCache(keys, values, length)
         if rows_B is not None:
             cache = cache.reordered(rows_B)
             tokens_BS, mask_BS = tf.gather(tokens_BS, rows_B), tf.gather(mask_BS, rows_B)
+            states_BS1E = None if states_BS1E is None else tf.gather(states_BS1E, rows_B)
         outputs = model.model.decoder(
             ids_BT, attention_mask=mask_BS, inputs_embeds=embeds_BTE, past_key_values=cache, use_cache=True
         )
         present = outputs.past_key_values
+        if states_BS1E is not None:
+            states_BS1E = append(states_BS1E, outputs.last_hidden_state[:, :, None], length)
         slots_S = tf.range(mask_BS.shape[1])
         # Gathered: XLA would compile a slice anew for each offset.
         given_BS = tf.gather(ids_BT, tf.clip_by_value(slots_S - length, 0, tf.shape(ids_BT)[1] - 1), axis=1)
@@ -305,7 +317,15 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         tokens_BS = tf.where(new_S, given_BS, tokens_BS)
         attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < present.length)
         history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=present.length)
-        logits_BV = model.logits(outputs.last_hidden_state[:, -1])
+        hidden_BE = outputs.last_hidden_state[:, -1]
+        found = {}
+        if selection.name == "contrast":
+            assert states_BS1E is not None
+            before_BS = (mask_BS > 0) & (slots_S < present.length - 1)
+            found["places"] = preferred(states_BS1E[:, :, 0], before_BS, hidden_BE, *choice_arguments)
+            kept_B = rows_of(found["places"], selection.size)
+            hidden_BE, history = tf.gather(hidden_BE, kept_B), history.of(kept_B)
+        logits_BV = model.logits(hidden_BE)
         step = Step(
             logits_BV=tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32),
             history=history,
@@ -313,7 +333,8 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
             arguments=arguments,
             gates_P=gates_P,
         )
-        return select(step, selection, choice_arguments), present.keys, present.values, tokens_BS, mask_BS
+        found |= select(step, selection, choice_arguments)
+        return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E
 
     _STEPS[model] = step
     return step

@@ -18,6 +18,12 @@ class History:
     attended_BS: tf.Tensor
     length: tf.Tensor
 
+    def of(self, rows_B: tf.Tensor | np.ndarray) -> "History":
+        """The texts of some rows."""
+        return dataclasses.replace(
+            self, tokens_BS=tf.gather(self.tokens_BS, rows_B), attended_BS=tf.gather(self.attended_BS, rows_B)
+        )
+
     def last(self, count: int) -> tf.Tensor:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""
         positions = self.length - count + tf.range(count)

@@ -38,13 +38,8 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
-        history = dataclasses.replace(
-            self.history,
-            tokens_BS=tf.gather(self.history.tokens_BS, rows_B),
-            attended_BS=tf.gather(self.history.attended_BS, rows_B),
-        )
         return dataclasses.replace(
-            self, logits_BV=tf.gather(self.logits_BV, rows_B), history=history, arguments=arguments
+            self, logits_BV=tf.gather(self.logits_BV, rows_B), history=self.history.of(rows_B), arguments=arguments
         )
 
     def processed(self) -> tf.Tensor:
@@ -128,6 +123,17 @@ def beam_groups(step: Step, selection: Selection, arguments: Sequence[tf.Tensor]
     return {**stacked, **whole(step, selection, scores_BV)}
 
 
+def candidates(step: Step, selection: Selection, arguments: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The likeliest "tokens" of each row, (B, size), likeliest first, and their "logprobs"."""
+    del arguments
+    scores_BV = step.processed()
+    places_BK = best(
+        tf.where(tf.math.is_nan(scores_BV), tf.constant(-np.inf, scores_BV.dtype), scores_BV), selection.size
+    )
+    logprobs_BK = tf.gather(log_softmax(scores_BV), places_BK, axis=1, batch_dims=1)
+    return {"tokens": places_BK, "logprobs": logprobs_BK, **whole(step, selection, scores_BV)}
+
+
 def whole(step: Step, selection: Selection, scores_BV: tf.Tensor) -> dict[str, tf.Tensor]:
     """The arrays as large as the vocabulary, as far as they are asked for."""
     arrays = {"scores": scores_BV, "logits": step.logits_BV}
@@ -140,6 +146,8 @@ SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[tf.Tensor]], dict[str,
     "drawn_beams": drawn_beams,
     "asked_beams": asked_beams,
     "beam_groups": beam_groups,
+    "candidates": candidates,
+    "contrast": candidates,
 }
 
 

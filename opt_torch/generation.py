@@ -17,7 +17,8 @@ from opt_common.processors import program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
-from opt_torch.cache import KVCache
+from opt_torch.cache import KVCache, append
+from opt_torch.contrastive import preferred, rows_of
 from opt_torch.processors import History
 from opt_torch.selection import Step, select
 
@@ -228,6 +229,7 @@ class Decoder:
         tokens_BS[:, :start] = input_ids_BT[:, :start]
         self.mask_BS, self.tokens_BS = self.on_device(mask_BS), self.on_device(tokens_BS)
         self.padded = not attention_mask_BT.all()
+        self.states_BS1E = self.room_for_states() if choice.selection.compares_states else None
         self.text_start = 0 if self.prompt.has_ids else T
         embeds_BTE = None if self.prompt.inputs_embeds is None else self.prompt.inputs_embeds[:, start:]
         return self.step(input_ids_BT[:, start:], choice, embeds_BTE)
@@ -239,12 +241,18 @@ class Decoder:
         length = self.cache.length
         return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), length)
 
+    def room_for_states(self) -> Tensor:
+        """Where the last hidden states of all that is read are kept, beside the cache."""
+        shape_BS1E = (*self.mask_BS.shape, 1, self.model.config.word_embed_proj_dim)
+        return torch.zeros(shape_BS1E, dtype=self.model.dtype, device=self.device)
+
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
         if choice.rows_B is not None:
             rows_B = self.on_device(choice.rows_B)
             self.cache = self.cache.reordered(rows_B)
             self.mask_BS, self.tokens_BS = self.mask_BS[rows_B], self.tokens_BS[rows_B]
+            self.states_BS1E = None if self.states_BS1E is None else self.states_BS1E[rows_B]
         return self.step(ids_BT, choice)
 
     def forget(self, count: int) -> None:
@@ -267,12 +275,23 @@ class Decoder:
             use_cache=True,
         )
         self.tokens_BS[:, self.cache.length : self.cache.length + ids_BT.shape[1]] = ids_device_BT
+        if self.states_BS1E is not None:
+            append(self.states_BS1E, outputs.last_hidden_state[:, :, None], self.cache.length)
         self.cache = outputs.past_key_values
         length = self.cache.length
         slots_S = torch.arange(self.cache.capacity, device=self.device)
         attended_BS = (self.mask_BS > 0) & (slots_S >= self.text_start) & (slots_S < length)
         history = History(tokens_BS=self.tokens_BS, attended_BS=attended_BS, length=length)
-        logits_BV = self.model.logits(outputs.last_hidden_state[:, -1])
+        hidden_BE = outputs.last_hidden_state[:, -1]
+        choice_arguments = tuple(map(self.on_device, choice.arguments))
+        found = {}
+        if choice.selection.name == "contrast":
+            assert self.states_BS1E is not None
+            before_BS = (self.mask_BS > 0) & (slots_S < length - 1)
+            found["places"] = preferred(self.states_BS1E[:, :, 0], before_BS, hidden_BE, *choice_arguments)
+            kept_B = rows_of(found["places"], choice.selection.size)
+            hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
+        logits_BV = self.model.logits(hidden_BE)
         step = Step(
             logits_BV=logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
             history=history,
@@ -280,5 +299,5 @@ class Decoder:
             arguments=self.arguments,
             gates_P=self.on_device(choice.gates_P),
         )
-        found = select(step, choice.selection, tuple(map(self.on_device, choice.arguments)))
+        found |= select(step, choice.selection, choice_arguments)
         return {name: array.cpu().numpy() for name, array in found.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,10 @@ class History:
     tokens_BS: Tensor
     attended_BS: Tensor
     length: int
+
+    def of(self, rows_B: Tensor | np.ndarray) -> "History":
+        """The texts of some rows."""
+        return dataclasses.replace(self, tokens_BS=self.tokens_BS[rows_B], attended_BS=self.attended_BS[rows_B])
 
     def last(self, count: int) -> Tensor:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""

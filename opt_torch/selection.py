@@ -36,10 +36,9 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
-        history = dataclasses.replace(
-            self.history, tokens_BS=self.history.tokens_BS[rows_B], attended_BS=self.history.attended_BS[rows_B]
+        return dataclasses.replace(
+            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
         )
-        return dataclasses.replace(self, logits_BV=self.logits_BV[rows_B], history=history, arguments=arguments)
 
     def processed(self) -> Tensor:
         """Scores after every processor."""
@@ -118,6 +117,15 @@ def beam_groups(step: Step, selection: Selection, arguments: Sequence[Tensor]) -
     return {**stacked, **whole(step, selection, scores_BV)}
 
 
+def candidates(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The likeliest "tokens" of each row, (B, size), likeliest first, and their "logprobs"."""
+    del arguments
+    scores_BV = step.processed()
+    places_BK = best(torch.where(scores_BV.isnan(), -torch.inf, scores_BV), selection.size)
+    logprobs_BK = log_softmax(scores_BV).gather(1, places_BK)
+    return {"tokens": places_BK, "logprobs": logprobs_BK, **whole(step, selection, scores_BV)}
+
+
 def whole(step: Step, selection: Selection, scores_BV: Tensor) -> dict[str, Tensor]:
     """The arrays as large as the vocabulary, as far as they are asked for."""
     arrays = {"scores": scores_BV, "logits": step.logits_BV}
@@ -130,6 +138,8 @@ SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Tensor]], dict[str, Te
     "drawn_beams": drawn_beams,
     "asked_beams": asked_beams,
     "beam_groups": beam_groups,
+    "candidates": candidates,
+    "contrast": candidates,
 }
 
 

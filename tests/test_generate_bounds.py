@@ -83,6 +83,7 @@ NUMBERS = {
     "typical_p": st.floats(0.05, 0.99),
     "epsilon_cutoff": st.floats(0.0001, 0.1),
     "eta_cutoff": st.floats(0.0001, 0.1),
+    "penalty_alpha": st.floats(0.1, 0.9),
     "seed": st.integers(0, 2**40),
 }
 """Settings whose values are arguments of a compiled program, not part of it."""
@@ -93,6 +94,7 @@ PROGRAMS = {
     "greedy, bare": ({}, ()),
     "greedy": ({}, ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens")),
     "sampling, bare": ({"do_sample": True, "top_k": 0}, ("seed",)),
+    "contrastive": ({"top_k": 4}, ("penalty_alpha", "repetition_penalty", "min_new_tokens")),
     "sampling": ({"do_sample": True}, (*RANDOM, "repetition_penalty", "suppress_tokens")),
 }
 """Few compiled programs, by name: settings that are always the same, and those whose numbers vary."""

@@ -26,6 +26,7 @@ FILES = (
     "training.py",
     "processors.py",
     "selection.py",
+    "contrastive.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -254,6 +255,7 @@ SANCTIONED = {
         "drawn: *": (BOTH, "a scan keeps JAX's program small; TensorFlow has no way to set one element a row"),
         "*counted*": (("tf",), "adding at places takes pairs"),
     },
+    "contrastive.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),

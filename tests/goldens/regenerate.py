@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 from beam_goldens import beam_cases
+from contrast_goldens import contrast_cases
 from processed_goldens import processed_settings, processor_values
 from safetensors.torch import save_file
 from seeded import seeded_weight
@@ -70,6 +71,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": False,
     },
 }
+CONTRASTED = ("pre_ln", "post_ln_proj", "gelu", "untied")
+"""Variants with contrastive search, DoLa and guidance."""
+
 THOROUGH = ("pre_ln", "post_ln_proj")
 """Variants with every group of results; the others differ in one option and need less."""
 
@@ -532,6 +536,10 @@ def write_variant(variant: str, seed: int, directory: Path) -> None:
     beam_rng = np.random.default_rng([seed, 2 * len(VARIANTS), list(VARIANTS).index(variant)])
     beams = {**cases, "cases": beam_cases(model, beam_rng, thorough=variant in THOROUGH)}
     (directory / "generation_beams.json").write_text(json.dumps(beams) + "\n")
+    if variant in CONTRASTED:
+        contrast_rng = np.random.default_rng([seed, 2 * len(VARIANTS) + 1, list(VARIANTS).index(variant)])
+        for file, texts in contrast_cases(model, contrast_rng):
+            (directory / file).write_text(json.dumps({**cases, "cases": texts}) + "\n")
     if variant in THOROUGH:
         head_values(
             model, variant, np.random.default_rng([seed, len(VARIANTS), list(VARIANTS).index(variant)]), directory

@@ -1,0 +1,48 @@
+"""What a strategy means: text by the NumPy reference alone, one row at a time, all of it read anew for each token."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opt_common.config import OPTConfig
+from opt_common.contrastive import preferred
+from opt_common.processors import History, log_softmax, process, processors, program
+from opt_common.reference import ReferenceOutput, forward
+
+Array = np.ndarray
+Forward = Callable[[Sequence[int]], ReferenceOutput]
+
+
+def reader(config: OPTConfig, params: Mapping[str, Array]) -> Forward:
+    """What the reference computes for one text."""
+    return lambda ids: forward(config, params, np.array([list(ids)]))
+
+
+def processed(config: OPTConfig, settings: Any, ids: Sequence[int], prompt: int, logits_V: Array) -> Array:
+    """Scores of the next token, (1, V), after the processors that some settings ask for."""
+    found = processors(settings, vocab_size=config.vocab_size, prompt_length=prompt, max_length=10**6)
+    tokens_BS = np.array([list(ids)])
+    history = History(tokens_BS=tokens_BS, attended_BS=np.ones_like(tokens_BS) > 0, length=len(ids))
+    gates = [processor.gate(len(ids)) for processor in found]
+    arguments = [processor.arguments for processor in found]
+    return process(logits_V[None], history, program(found), arguments, gates)
+
+
+def contrastive(config: OPTConfig, read: Forward, prompt: Sequence[int], settings: Any) -> Iterator[tuple[int, Array]]:
+    """Contrastive search: each new token, and the scores (V,) that its candidates were the best of."""
+    ids = list(prompt)
+    while True:
+        scores_BV = processed(config, settings, ids, len(prompt), read(ids).logits[0, -1])
+        logprobs_BV = log_softmax(scores_BV)
+        tokens = np.argsort(-logprobs_BV[0], kind="stable")[: settings.top_k]
+        states = [read([*ids, token]).last_hidden_state[0] for token in tokens]
+        place = preferred(
+            np.stack([state[:-1] for state in states]),
+            np.ones((len(tokens), len(ids)), bool),
+            np.stack([state[-1] for state in states]),
+            logprobs_BV[:, tokens],
+            settings.penalty_alpha,
+        )
+        ids.append(int(tokens[place[0]]))
+        yield ids[-1], scores_BV[0]
