@@ -32,11 +32,13 @@ class Selection(NamedTuple):
         size: what shapes its result, such as how many continuations it keeps; 0 where nothing does.
         details: what else is asked for: "logprobs" of the tokens selected, all "scores" after and all "logits" before
             the processors. The last two are as large as the vocabulary.
+        layers: the layers whose predictions the last one's is contrasted with; see `opt_common.dola`.
     """
 
     name: str = "token"
     size: int = 0
     details: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     @property
     def compares_states(self) -> bool:
@@ -99,6 +101,7 @@ class Prompt:
         has_ids: False where `input_ids` mean nothing, because embeddings came without ids.
         past: the first tokens, which were read before, or None.
         order: (B, T) the column in which each token was given.
+        layers: what predictions are contrasted with; see `Selection`.
     """
 
     input_ids: Ids
@@ -111,6 +114,7 @@ class Prompt:
     has_ids: bool = True
     past: "Past | None" = None
     order: Ids | None = None
+    layers: tuple[int, ...] = ()
 
     @property
     def past_length(self) -> int:
@@ -239,7 +243,7 @@ def decode_tokens(reader: Reader, prompt: Prompt, settings: GenerationConfig) ->
     for step in range(prompt.new_tokens):
         choice = Choice(
             gates_P=prompt.gates(step),
-            selection=Selection(details=details_of(settings)),
+            selection=Selection(details=details_of(settings), layers=prompt.layers),
             arguments=() if prompt.uniforms is None else (prompt.uniforms[:, step, 0],),
         )
         found = reader.read(found["tokens"][:, None], choice) if found else reader.start(choice)

@@ -18,12 +18,13 @@ from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
 from opt_common.contrastive import contrastive_search
 from opt_common.decoding import Arrays, Decoder, Generated, Ids, Past, Prompt, Reader, collect, decode_tokens
+from opt_common.dola import candidate_layers
 from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import GenerationConfig
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
 from opt_common.stopping import Stopping
-from opt_common.strategies import BEAM_STRATEGIES, KEEPS_CACHE, SAMPLING_STRATEGIES
+from opt_common.strategies import BEAM_STRATEGIES, DOLA_STRATEGIES, KEEPS_CACHE, SAMPLING_STRATEGIES
 from opt_common.streaming import Streamer
 
 DEFAULT_MAX_LENGTH = 20
@@ -174,6 +175,7 @@ def read_prompt(
         has_ids=input_ids is not None,
         past=past,
         order=order_BT,
+        layers=candidate_layers(config, settings.dola_layers) if settings.strategy in DOLA_STRATEGIES else (),
     )
 
 

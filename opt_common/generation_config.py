@@ -63,6 +63,8 @@ class GenerationConfig:
         eta_cutoff: (sampling) as `epsilon_cutoff`, lowered where the distribution is broad; 0 keeps all.
         penalty_alpha: (contrastive search, see `opt_common.contrastive`) from 0 to 1: how much a candidate's likeness
             to the text before counts against its probability; 0 and None search otherwise.
+        dola_layers: (DoLa, see `opt_common.dola`) which layers the last one is contrasted with: "low", "high" or their
+            numbers from 0, the embeddings, on; None contrasts nothing.
 
     Beams, see `opt_common.beams`:
 
@@ -127,6 +129,7 @@ class GenerationConfig:
     epsilon_cutoff: float = 0.0
     eta_cutoff: float = 0.0
     penalty_alpha: float | None = None
+    dola_layers: str | tuple[int, ...] | None = None
     num_beams: int = 1
     early_stopping: bool | str = False
     length_penalty: float = 1.0
@@ -353,6 +356,14 @@ def _texts(value: Any) -> tuple[str, ...]:
     return several
 
 
+def _layers(value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        if value not in {"low", "high"}:
+            raise ValueError
+        return value
+    return _sequence(value)
+
+
 def _decay(value: Any) -> tuple[int, float]:
     start, factor = value
     return _id(start), _number(0, math.inf, open_below=True)(factor)
@@ -387,6 +398,7 @@ _RULES = {
     "epsilon_cutoff": _PROBABILITY,
     "eta_cutoff": _PROBABILITY,
     "penalty_alpha": _PROBABILITY,
+    "dola_layers": _Rule('"low", "high" or a list of numbers of layers from 0 on', _layers),
     "num_beams": _POSITIVE,
     "early_stopping": _Rule('True, False or "never"', _stopping),
     "length_penalty": _Rule("a number", _number(-math.inf, math.inf)),

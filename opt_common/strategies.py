@@ -11,6 +11,8 @@ STRATEGIES = {
     "greedy_search": "the likeliest token is taken",
     "sample": "each token is drawn by its probability",
     "contrastive_search": "the likeliest tokens are tried, and one that repeats little of the text is taken",
+    "dola_generation": "the token whose likelihood grew most over the layers is taken",
+    "dola_sample": "each token is drawn by how much its likelihood grew over the layers",
     "beam_search": "the likeliest text of several beams is taken",
     "beam_sample": "several beams are drawn by their probability",
     "group_beam_search": "groups of beams keep away from each other",
@@ -21,13 +23,16 @@ STRATEGIES = {
 BEAM_STRATEGIES = frozenset(name for name in STRATEGIES if "beam" in name)
 """Strategies that keep several continuations of each prompt."""
 
-SAMPLING_STRATEGIES = frozenset({"sample", "beam_sample"})
+DOLA_STRATEGIES = frozenset({"dola_generation", "dola_sample"})
+"""Strategies that contrast layers; Hugging Face has one name for both."""
+
+SAMPLING_STRATEGIES = frozenset({"sample", "dola_sample", "beam_sample"})
 """Strategies that draw."""
 
-TOKEN_BY_TOKEN = ("greedy_search", "sample", "contrastive_search")
+TOKEN_BY_TOKEN = ("greedy_search", "sample", "dola_generation", "dola_sample", "contrastive_search")
 """Strategies that append tokens and take none back, so that a text can be shown as it grows."""
 
-KEEPS_CACHE = ("greedy_search", "sample")
+KEEPS_CACHE = ("greedy_search", "sample", "dola_generation", "dola_sample")
 """Strategies whose last step has read the very rows that come back."""
 
 
@@ -36,9 +41,11 @@ def strategy_of(settings: "GenerationConfig") -> str:
     if settings.constraints or settings.force_words_ids:
         return "constrained_beam_search"
     if settings.num_beams == 1:
-        if settings.do_sample:
-            return "sample"
-        return "contrastive_search" if settings.penalty_alpha else "greedy_search"
+        if settings.penalty_alpha and not settings.do_sample:
+            return "contrastive_search"
+        if settings.dola_layers is not None:
+            return "dola_sample" if settings.do_sample else "dola_generation"
+        return "sample" if settings.do_sample else "greedy_search"
     if settings.num_beam_groups > 1:
         return "group_beam_search"
     return "beam_sample" if settings.do_sample else "beam_search"
@@ -60,6 +67,7 @@ _USES = (
         "do_sample=True",
     ),
     _Use(("top_k",), SAMPLING_STRATEGIES | {"contrastive_search"}, "do_sample=True or penalty_alpha"),
+    _Use(("dola_layers",), DOLA_STRATEGIES, "neither num_beams nor penalty_alpha"),
     _Use(("penalty_alpha",), {"contrastive_search"}, "a penalty_alpha above 0, with neither do_sample nor num_beams"),
     _Use(("do_sample",), SAMPLING_STRATEGIES, "num_beam_groups=1 and no constraints"),
     _Use(("num_return_sequences",), SAMPLING_STRATEGIES | BEAM_STRATEGIES, "do_sample=True or num_beams"),

@@ -21,6 +21,7 @@ from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
 from opt_flax.cache import KVCache, append
 from opt_flax.contrastive import preferred, rows_of
+from opt_flax.dola import early_logits
 from opt_flax.processors import History
 from opt_flax.selection import Step, select
 
@@ -332,7 +333,12 @@ def _one_step(
         tokens_BS, mask_BS = tokens_BS[rows_B], mask_BS[rows_B]
         states_BS1E = None if states_BS1E is None else states_BS1E[rows_B]
     outputs = model.model.decoder(
-        ids_BT, attention_mask=mask_BS, inputs_embeds=embeds_BTE, past_key_values=cache, use_cache=True
+        ids_BT,
+        attention_mask=mask_BS,
+        inputs_embeds=embeds_BTE,
+        past_key_values=cache,
+        use_cache=True,
+        output_hidden_states=bool(selection.layers),
     )
     tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, ids_BT, cache.length, axis=1)
     if states_BS1E is not None:
@@ -350,12 +356,14 @@ def _one_step(
         kept_B = rows_of(found["places"], selection.size)
         hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
     logits_BV = model.logits(hidden_BE)
+    early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
     step = Step(
         logits_BV=logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32)),
         history=history,
         program=program,
         arguments=arguments,
         gates_P=gates_P,
+        early_BCV=early_BCV,
     )
     found |= select(step, selection, choice_arguments)
     return found, outputs.past_key_values, tokens_BS, mask_BS, states_BS1E

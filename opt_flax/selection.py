@@ -10,6 +10,7 @@ from jax import Array
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
+from opt_flax.dola import contrasted
 from opt_flax.processors import History, choose, log_softmax, process, sample
 
 
@@ -23,6 +24,7 @@ class Step:
         program: the run's processors.
         arguments: of each processor.
         gates_P: of each processor, in this step.
+        early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
     """
 
     logits_BV: Array
@@ -30,6 +32,7 @@ class Step:
     program: Program
     arguments: Sequence[tuple[Array, ...]]
     gates_P: Array
+    early_BCV: Array | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Array) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -43,7 +46,8 @@ class Step:
 
     def processed(self) -> Array:
         """Scores after every processor."""
-        return process(self.logits_BV, self.history, self.program, self.arguments, self.gates_P)
+        scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 
 def select(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:

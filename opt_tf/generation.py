@@ -18,6 +18,7 @@ from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
 from opt_tf.cache import KVCache, append
 from opt_tf.contrastive import preferred, rows_of
+from opt_tf.dola import early_logits
 from opt_tf.processors import History
 from opt_tf.selection import Step, select
 
@@ -305,7 +306,12 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
             tokens_BS, mask_BS = tf.gather(tokens_BS, rows_B), tf.gather(mask_BS, rows_B)
             states_BS1E = None if states_BS1E is None else tf.gather(states_BS1E, rows_B)
         outputs = model.model.decoder(
-            ids_BT, attention_mask=mask_BS, inputs_embeds=embeds_BTE, past_key_values=cache, use_cache=True
+            ids_BT,
+            attention_mask=mask_BS,
+            inputs_embeds=embeds_BTE,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(selection.layers),
         )
         present = outputs.past_key_values
         if states_BS1E is not None:
@@ -326,12 +332,14 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
             kept_B = rows_of(found["places"], selection.size)
             hidden_BE, history = tf.gather(hidden_BE, kept_B), history.of(kept_B)
         logits_BV = model.logits(hidden_BE)
+        early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
         step = Step(
             logits_BV=tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32),
             history=history,
             program=program,
             arguments=arguments,
             gates_P=gates_P,
+            early_BCV=early_BCV,
         )
         found |= select(step, selection, choice_arguments)
         return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
+from opt_tf.dola import contrasted
 from opt_tf.processors import History, choose, log_softmax, process, sample, vocab_size
 
 
@@ -24,6 +25,7 @@ class Step:
         program: the run's processors.
         arguments: of each processor.
         gates_P: of each processor, in this step.
+        early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
     """
 
     logits_BV: tf.Tensor
@@ -31,6 +33,7 @@ class Step:
     program: Program
     arguments: Sequence[tuple[tf.Tensor, ...]]
     gates_P: tf.Tensor
+    early_BCV: tf.Tensor | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: tf.Tensor) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -44,7 +47,8 @@ class Step:
 
     def processed(self) -> tf.Tensor:
         """Scores after every processor."""
-        return process(self.logits_BV, self.history, self.program, self.arguments, self.gates_P)
+        scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 
 def select(step: Step, selection: Selection, arguments: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -19,6 +19,7 @@ from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
 from opt_torch.cache import KVCache, append
 from opt_torch.contrastive import preferred, rows_of
+from opt_torch.dola import early_logits
 from opt_torch.processors import History
 from opt_torch.selection import Step, select
 
@@ -273,6 +274,7 @@ class Decoder:
             inputs_embeds=embeds_device_BTE,
             past_key_values=self.cache,
             use_cache=True,
+            output_hidden_states=bool(choice.selection.layers),
         )
         self.tokens_BS[:, self.cache.length : self.cache.length + ids_BT.shape[1]] = ids_device_BT
         if self.states_BS1E is not None:
@@ -292,12 +294,18 @@ class Decoder:
             kept_B = rows_of(found["places"], choice.selection.size)
             hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
         logits_BV = self.model.logits(hidden_BE)
+        early_BCV = (
+            early_logits(self.model, outputs.hidden_states or (), choice.selection.layers)
+            if choice.selection.layers
+            else None
+        )
         step = Step(
             logits_BV=logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
             history=history,
             program=self.program,
             arguments=self.arguments,
             gates_P=self.on_device(choice.gates_P),
+            early_BCV=early_BCV,
         )
         found |= select(step, choice.selection, choice_arguments)
         return {name: array.cpu().numpy() for name, array in found.items()}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
+from opt_torch.dola import contrasted
 from opt_torch.processors import History, choose, log_softmax, process, sample
 
 
@@ -22,6 +23,7 @@ class Step:
         program: the run's processors.
         arguments: of each processor.
         gates_P: of each processor, in this step.
+        early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
     """
 
     logits_BV: Tensor
@@ -29,6 +31,7 @@ class Step:
     program: Program
     arguments: Sequence[tuple[Tensor, ...]]
     gates_P: Tensor
+    early_BCV: Tensor | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Tensor) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -42,7 +45,8 @@ class Step:
 
     def processed(self) -> Tensor:
         """Scores after every processor."""
-        return process(self.logits_BV, self.history, self.program, self.arguments, self.gates_P)
+        scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 
 def select(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from opt_common.config import OPTConfig
 from opt_common.contrastive import preferred
+from opt_common.dola import candidate_layers, contrasted, early_logits
 from opt_common.processors import History, log_softmax, process, processors, program
 from opt_common.reference import ReferenceOutput, forward
 
@@ -45,4 +46,19 @@ def contrastive(config: OPTConfig, read: Forward, prompt: Sequence[int], setting
             settings.penalty_alpha,
         )
         ids.append(int(tokens[place[0]]))
+        yield ids[-1], scores_BV[0]
+
+
+def dola(
+    config: OPTConfig, params: Mapping[str, Array], prompt: Sequence[int], settings: Any
+) -> Iterator[tuple[int, Array]]:
+    """DoLa: each new token, and the scores (V,) that it was the best of."""
+    read, ids = reader(config, params), list(prompt)
+    layers = candidate_layers(config, settings.dola_layers)
+    while True:
+        output = read(ids)
+        early = [early_logits(config, params, output.hidden_states[layer][:, -1]) for layer in layers]
+        contrast_BV = contrasted(output.logits[:, -1], np.stack(early, axis=1))
+        scores_BV = processed(config, settings, ids, len(prompt), contrast_BV[0])
+        ids.append(int(scores_BV[0].argmax()))
         yield ids[-1], scores_BV[0]

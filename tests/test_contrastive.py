@@ -56,8 +56,13 @@ def test_contrastive_goldens(backend, load, variant, cases):
         np.testing.assert_array_equal(next(found)[: len(golden)], golden)
 
 
-SETTINGS = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 6, "eos_token_id": []}
+SETTINGS = {"penalty_alpha": 0.6, "top_k": 4, "repetition_penalty": 1.3, "max_new_tokens": 6, "eos_token_id": []}
 ASKED = {"output_scores": True, "output_logits": True}
+
+
+def text_of(backend, model, ids, mask=None, **changes):
+    """Continue by the programs that most tests run."""
+    return backend.generate_output(model, ids, mask, **(SETTINGS | changes), **ASKED).sequences
 
 
 def weights_of(backends, model_of):
@@ -68,14 +73,13 @@ def weights_of(backends, model_of):
 
 def test_texts_and_records_are_those_of_the_rule(backend, backends, tiny):
     """Each row is what a loop over the NumPy reference gives for it alone, with processors; scores are those it saw."""
-    read, settings = weights_of(backends, tiny), SETTINGS | {"repetition_penalty": 1.3}
-    model = tiny[backend.name]
-    found = backend.generate_output(model, PROMPTS, MASK, **settings, **ASKED)
+    read, model = weights_of(backends, tiny), tiny[backend.name]
+    found = backend.generate_output(model, PROMPTS, MASK, **SETTINGS, **ASKED)
     assert found.past_key_values is None
     assert len(found.scores) == len(found.logits) == 6
     for row, (prompt, mask) in enumerate(zip(PROMPTS, MASK, strict=True)):
         text = prompt[mask == 1].tolist()
-        loop = plain_loops.contrastive(model.config, read, text, GenerationConfig(**settings))
+        loop = plain_loops.contrastive(model.config, read, text, GenerationConfig(**SETTINGS))
         for step, (token, scores) in enumerate(itertools.islice(loop, 6)):
             assert found.sequences[row, 5 + step] == token
             compare(found.scores[step][row], scores, FLOAT32)
@@ -88,21 +92,21 @@ def test_texts_and_records_are_those_of_the_rule(backend, backends, tiny):
 def test_rows_and_sides(backend, tiny):
     """A row of a batch is the row alone, padding on either side (transformers#17514); finished rows emit padding."""
     model = tiny[backend.name]
-    batch = backend.generate(model, PROMPTS, MASK, **SETTINGS)
+    batch = text_of(backend, model, PROMPTS, MASK)
     right = np.stack([np.roll(row, -int((mask == 0).sum())) for row, mask in zip(PROMPTS, MASK, strict=True)])
-    found = backend.generate(model, right, MASK[:, ::-1].copy(), **SETTINGS)
+    found = text_of(backend, model, right, MASK[:, ::-1].copy())
     np.testing.assert_array_equal(found[:, 5:], batch[:, 5:])
     for row in range(3):
         # Alone as three copies, so that one program serves all rows.
-        alone = backend.generate(model, PROMPTS[[row] * 3], MASK[[row] * 3], **SETTINGS)
+        alone = text_of(backend, model, PROMPTS[[row] * 3], MASK[[row] * 3])
         np.testing.assert_array_equal(alone, batch[[row] * 3])
         if not backend.compiles:
             prompt = PROMPTS[row : row + 1, MASK[row] == 1]
-            alone = backend.generate(model, prompt, **SETTINGS)
+            alone = text_of(backend, model, prompt)
             np.testing.assert_array_equal(alone[0, prompt.shape[1] :], batch[row, 5:])
     end = int(batch[1, 6])
     assert end not in batch[0, 5:], "for another row to go on"
-    ended = backend.generate(model, PROMPTS, MASK, **(SETTINGS | {"eos_token_id": end, "pad_token_id": 3}))
+    ended = text_of(backend, model, PROMPTS, MASK, eos_token_id=end, pad_token_id=3)
     np.testing.assert_array_equal(ended[0], batch[0])
     stop = 5 + int(np.flatnonzero(batch[1, 5:] == end)[0])
     np.testing.assert_array_equal(ended[1, : stop + 1], batch[1, : stop + 1])
@@ -216,11 +220,11 @@ def test_other_prompts_and_penalties_need_no_other_program(backend, tiny):
     if not backend.compiles:
         pytest.skip(f"{backend.name} runs its steps as they are written")
     model = tiny[backend.name]
-    backend.generate(model, PROMPTS, MASK, **SETTINGS)
+    text_of(backend, model, PROMPTS, MASK)
     before = backend.compilations()
-    backend.generate(model, PROMPTS[:, 1:], MASK[:, 1:], **(SETTINGS | {"penalty_alpha": 0.2, "max_new_tokens": 4}))
+    text_of(backend, model, PROMPTS[:, 1:], MASK[:, 1:], penalty_alpha=0.2, max_new_tokens=4)
     assert backend.compilations() == before
-    backend.generate(model, PROMPTS, MASK, **(SETTINGS | {"max_new_tokens": 30}))
+    text_of(backend, model, PROMPTS, MASK, max_new_tokens=30)
     assert backend.compilations() == before + 3
 
 

@@ -95,6 +95,7 @@ PROGRAMS = {
     "greedy": ({}, ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_new_tokens")),
     "sampling, bare": ({"do_sample": True, "top_k": 0}, ("seed",)),
     "contrastive": ({"top_k": 4}, ("penalty_alpha", "repetition_penalty", "min_new_tokens")),
+    "layers": ({"do_sample": True, "top_k": 0, "dola_layers": [0]}, ("seed", "temperature")),
     "sampling": ({"do_sample": True}, (*RANDOM, "repetition_penalty", "suppress_tokens")),
 }
 """Few compiled programs, by name: settings that are always the same, and those whose numbers vary."""

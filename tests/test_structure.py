@@ -27,6 +27,7 @@ FILES = (
     "processors.py",
     "selection.py",
     "contrastive.py",
+    "dola.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -256,6 +257,7 @@ SANCTIONED = {
         "*counted*": (("tf",), "adding at places takes pairs"),
     },
     "contrastive.py": {},
+    "dola.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
