@@ -315,12 +315,30 @@ def test_three_steps_of_adamw_are_the_goldens(backend, checkpoint, variant):
         compare(loss, groups[f"step{step}"]["loss"].reshape(()), FLOAT32, what=f"step {step}")
     final = backend.parameters(model)
     assert set(final) == set(groups["final"])
+    wide = without_dropout(backend, checkpoint(variant), "float64")
+    gradients = [backend.gradients(wide, **batch) for batch in batches]
     for name, value in groups["final"].items():
-        if name.endswith("k_proj.bias"):
-            # Softmax does not see it: its gradient is rounding alone, which AdamW blows up to whole steps.
-            assert np.abs(final[name] - value).max() < 2 * 3 * ADAMW["learning_rate"]
-        else:
-            compare(final[name], value, FLOAT32, what=name)
+        slack = adamw_slack([gradient[name] for gradient in gradients])
+        assert name.endswith("k_proj.bias") or (slack > FLOAT32.absolute).mean() < 0.05
+        compare(np.where(np.abs(final[name] - value) <= slack, value, final[name]), value, FLOAT32, what=name)
+
+
+def adamw_slack(gradients):
+    """How far AdamW may carry a float32 gradient's rounding into each element of a parameter.
+
+    A step is λ g/√v̂, of size λ whatever the size of g: where g is hardly more than its rounding, so is the step's own
+    sign. A key's bias is the extreme, for softmax does not see it and its gradient is rounding alone.
+
+    Args:
+        gradients: of the same parameter, in float64, at each step.
+    """
+    rounding = 2e-8  # of a float32 sum whose terms are near 0.1
+    squares, slack = np.zeros_like(gradients[0]), np.zeros_like(gradients[0])
+    for step, gradient in enumerate(gradients, start=1):
+        squares = ADAMW["beta_2"] * squares + (1 - ADAMW["beta_2"]) * gradient**2
+        size = np.sqrt(squares / (1 - ADAMW["beta_2"] ** step)) + ADAMW["epsilon"]
+        slack += np.where(squares > 0, ADAMW["learning_rate"] * np.minimum(2, rounding / size), 0)
+    return slack
 
 
 @pytest.mark.parametrize("variant", THOROUGH)
