@@ -21,7 +21,7 @@ class QuestionAnswering(Task):
 
     name = "question_answering"
     about = "Extractive question answering"
-    defaults: ClassVar = {"length": 96, "steps": 1000, "rows": 8000}
+    defaults: ClassVar = {"length": 64, "steps": 1000, "rows": 8000}
     metric = "exact spans"
     choices = ("start_logits", "end_logits")
 

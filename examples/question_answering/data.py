@@ -25,8 +25,9 @@ def questions(count: int, seed: int) -> dict[str, Any]:
 
 
 def paragraph(rng: random.Random) -> dict[str, Any]:
-    """Facts about two people in any order, and a question about one fact."""
-    facts = [(name, fact, rng.choice(fact[2])) for name in rng.sample(NAMES, 2) for fact in FACTS]
+    """Facts of two kinds about three people in any order, and a question about one fact."""
+    kinds = rng.sample(FACTS, 2)
+    facts = [(name, fact, rng.choice(fact[2])) for name in rng.sample(NAMES, 3) for fact in kinds]
     rng.shuffle(facts)
     asked = rng.randrange(len(facts))
     sentences = [sentence.format(name=name, answer=answer) for name, (_, sentence, _), answer in facts]
