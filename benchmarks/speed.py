@@ -25,7 +25,6 @@ from benchmarks.checkpoints import make
 from conversion import convert
 from opt_common import OPTConfig
 from opt_common.config import SIZES
-from opt_common.params import count_parameters
 from opt_common.workloads import BITS, DEFAULT_WORKLOADS, Workload, timing
 
 FORMATS = {"hf_tf": "tf", "hf_flax": "flax", "ct2": "ct2"}
@@ -84,11 +83,19 @@ def checkpoint_for(name: str, shape: str, work: Path, python: str) -> Path:
         return source
     target = work / f"{shape}-{wanted}"
     if not target.exists() and wanted == "ct2":
+        write_vocabulary(source)
         converter = Path(python).parent / "ct2-transformers-converter"
         subprocess.run([converter, "--model", source, "--output_dir", target], check=True)
     elif not target.exists():
         convert(source, target, to=wanted)
     return target
+
+
+def write_vocabulary(directory: Path) -> None:
+    """Write a tokenizer of made-up words, which CTranslate2's converter wants to see."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{index}" for index in range(4, 50265))]
+    (directory / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -122,14 +129,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any], baseline: str | None) -> list[dict[str, Any]]:
     """A row for each workload and system: tokens a second, the ratio to the baseline and to the limit."""
-    weights = count_parameters(OPTConfig.from_size(result["shape"]))
+    config = OPTConfig.from_size(result["shape"])
     bandwidth, rate = (statistics.median(limit[key] for limit in result["limits"]) for key in LIMITS)
     rows: list[dict[str, Any]] = []
     for workload, systems in result["seconds"].items():
         medians = {name: statistics.median(times) for name, times in systems.items()}
         for name, times in systems.items():
             bits = BITS.get(name.rpartition(":")[2], BITS["float32"])
-            best = Workload.parse(workload).best_seconds(weights, bits, bandwidth, rate)
+            best = Workload.parse(workload).best_seconds(config, bits, bandwidth, rate)
             one = timing(workload, times, best)
             rows.append(
                 {

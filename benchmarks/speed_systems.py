@@ -104,9 +104,13 @@ class HfTf:
         self.tf = tf
         self.model = TFOPTForCausalLM.from_pretrained(path)
         self.compiled = tf.function(self.model.generate, jit_compile=True)
+        # Its generate refuses to make a single token under XLA.
+        self.first = tf.function(lambda ids: tf.argmax(self.model(ids).logits[:, -1], axis=-1), jit_compile=True)
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
         ids = self.tf.constant(prompts_BT, self.tf.int32)
+        if new_tokens == 1:
+            return self.first(ids).numpy()
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         return self.compiled(ids, attention_mask=self.tf.ones_like(ids), **options).numpy()
 

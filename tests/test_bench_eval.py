@@ -85,13 +85,16 @@ def test_bench_says_what_is_wrong(command, tiny, arguments, message):
 
 
 def test_workloads_cost_what_the_definition_says():
+    layers, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 97 * 32
     decode = Workload.parse("decode:8")
     assert (decode.batch, decode.length, decode.new_tokens, decode.positions, decode.tokens) == (8, 32, 128, 159, 1024)
-    assert decode.best_seconds(1000, BITS["int8"], 1e3, None) == 128
+    assert decode.best_seconds(TINY, BITS["int8"], 1e3, None) == 128 * (layers + head) / 1e3
+    untied = TINY.replace(tie_word_embeddings=False)
+    assert decode.best_seconds(untied, 4, 1, None) == decode.best_seconds(TINY, 4, 1, None)
     prefill, train = Workload.parse("prefill:2x16"), Workload.parse("train:2x16")
-    assert prefill.best_seconds(10, 32, 1, None) is None
-    assert prefill.best_seconds(10, 32, 1, 64) == 2 * 32 * 10 / 64
-    assert train.best_seconds(10, 32, 1, 64) == 3 * prefill.best_seconds(10, 32, 1, 64)
+    assert prefill.best_seconds(TINY, 32, 1, None) is None
+    assert prefill.best_seconds(TINY, 32, 1, 64) == 2 * (32 * layers + 2 * head) / 64
+    assert train.best_seconds(TINY, 32, 1, 64) == 6 * 32 * (layers + head) / 64
     one = timing("train:2x16", [4.0, 1.0, 2.0], 1.0)
     assert (one.tokens_per_s, one.of_limit, one.spread) == (16, 0.5, 1.5)
     assert (prefill.prompts(50, 1) != prefill.prompts(50, 2)).any()
