@@ -1,8 +1,8 @@
 """What speed is measured on: the workloads, what each costs at least, and how it is timed.
 
-A token that is decoded alone reads every matrix once: its limit is their bytes over the bandwidth of the memory. Reading
-a prompt multiplies each number of a matrix with each token, 2 operations, and the head's with the last one; training does
-three times as much, and the head takes part in all of it.
+A token that is decoded alone reads every matrix once: its limit is their bytes over the bandwidth of the memory.
+Reading a prompt multiplies each number of a matrix with each token, 2 operations, and the head's with the last token;
+training does three times as much, and the head takes part in all of it.
 """
 
 import concurrent.futures
