@@ -193,6 +193,13 @@ def test_outliers_change_no_logits(tiny, tmp_path, factor):
     assert (scaled[norm] != plain[norm]).sum() == len(channels) == 1
 
 
+def test_random_matrices_are_all_different(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        matrices = [checkpoint.read(name) for name in checkpoint.names if checkpoint.info(name).shape == (32, 32)]
+    assert len(matrices) == 8
+    assert len({matrix.tobytes() for matrix in matrices}) == len(matrices)
+
+
 def test_outliers_need_norms_in_front(tmp_path):
     write_random(tmp_path / "post", TINY.replace(do_layer_norm_before=False))
     with pytest.raises(ConfigError, match="Outliers need layer norms with weights in front of the matrices"):
