@@ -155,7 +155,7 @@ class HfFlax:
             self.params, self.state = self.model.params, optimizer.init(self.model.params)
 
             def loss_of(params: Any, ids: Any, key: Any) -> Any:
-                logits = self.model(ids, params=params, dropout_rng=key, train=True).logits[:, :-1]
+                logits = self.model(ids, params=params, dropout_rng=key, deterministic=False).logits[:, :-1]
                 return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
 
             def step(params: Any, state: Any, ids: Any, key: Any) -> Any:
