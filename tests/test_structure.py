@@ -28,6 +28,7 @@ FILES = (
     "selection.py",
     "contrastive.py",
     "dola.py",
+    "assisted.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -264,6 +265,7 @@ SANCTIONED = {
     },
     "contrastive.py": {},
     "dola.py": {},
+    "assisted.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
