@@ -3,14 +3,15 @@
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output: the driver takes turns
 between the processes, so that a slow minute of the machine is everybody's.
 
-A system is named FRAMEWORK[:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are "hf_torch",
-"hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
+A system is named FRAMEWORK[@FORMAT][:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are
+"hf_torch", "hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
 """
 
 import functools
 import importlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,9 +105,13 @@ class HfTf:
         self.tf = tf
         self.model = TFOPTForCausalLM.from_pretrained(path)
         self.compiled = tf.function(self.model.generate, jit_compile=True)
+        # Its generate refuses to make a single token under XLA.
+        self.first = tf.function(lambda ids: tf.argmax(self.model(ids).logits[:, -1], axis=-1), jit_compile=True)
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
         ids = self.tf.constant(prompts_BT, self.tf.int32)
+        if new_tokens == 1:
+            return self.first(ids).numpy()
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         return self.compiled(ids, attention_mask=self.tf.ones_like(ids), **options).numpy()
 
@@ -151,7 +156,7 @@ class HfFlax:
             self.params, self.state = self.model.params, optimizer.init(self.model.params)
 
             def loss_of(params: Any, ids: Any, key: Any) -> Any:
-                logits = self.model(ids, params=params, dropout_rng=key, train=True).logits[:, :-1]
+                logits = self.model(ids, params=params, dropout_rng=key, deterministic=False).logits[:, :-1]
                 return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
 
             def step(params: Any, state: Any, ids: Any, key: Any) -> Any:
@@ -287,6 +292,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     kind, *options = name.split(":")
+    kind = kind.partition("@")[0]
     system: Any = None
 
     def load() -> None:
@@ -303,6 +309,7 @@ def main() -> None:
             reply = answer(system, json.loads(line))
         except (NotImplementedError, AttributeError) as error:
             reply = {"error": str(error)}
+        reply["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(reply), file=answers)
 
 

@@ -13,7 +13,6 @@ from opt_common.cli_model import source_of
 from opt_common.config import QUANTIZATIONS, SIZES, OPTConfig
 from opt_common.encoding import tensor_maker
 from opt_common.errors import ConfigError, InputError
-from opt_common.params import count_parameters
 from opt_common.texts import write_document
 from opt_common.workloads import (
     BITS,
@@ -85,10 +84,10 @@ def run(program: "Program", arguments: argparse.Namespace) -> None:
                 )
         step = program.trainer(model.config, dtype) if trains else None
         seconds, bandwidth = _rounds(_calls(program, model, step, workloads), arguments.rounds)
-    weights, bits = count_parameters(model.config), BITS.get(model.config.quantization or dtype)
+    bits = BITS.get(model.config.quantization or dtype)
     found: list[Timing] = []
     for name, workload in workloads.items():
-        best = None if bits is None else workload.best_seconds(weights, bits, bandwidth, None)
+        best = None if bits is None else workload.best_seconds(model.config, bits, bandwidth, None)
         found.append(timing(name, seconds[name], best))
     print(_table(found, bandwidth))
     if arguments.json:

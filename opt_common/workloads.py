@@ -1,11 +1,13 @@
 """What speed is measured on: the workloads, what each costs at least, and how it is timed.
 
-A token that is decoded alone reads every weight once: its limit is the bytes of the weights over the bandwidth of the
-memory. Reading a prompt multiplies each weight with each token, 2 operations; training does so three times.
+A token that is decoded alone reads every matrix once: its limit is their bytes over the bandwidth of the memory.
+Reading a prompt multiplies each number of a matrix with each token, 2 operations, and the head's with the last token;
+training does three times as much, and the head takes part in all of it.
 """
 
 import concurrent.futures
 import dataclasses
+import math
 import os
 import re
 import statistics
@@ -16,7 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from opt_common.config import OPTConfig
 from opt_common.errors import InputError
+from opt_common.params import parameter_table
+from opt_common.quantization import is_quantized
 
 Kind = Literal["decode", "prefill", "train"]
 
@@ -89,21 +94,34 @@ class Workload:
         """Ids (batch, length), other ones for each seed."""
         return np.random.default_rng(seed).integers(_FIRST_ID, vocab_size, size=(self.batch, self.length))
 
-    def best_seconds(self, weights: int, bits: float, bytes_per_s: float, flops_per_s: float | None) -> float | None:
+    def best_seconds(
+        self, config: OPTConfig, bits: float, bytes_per_s: float, flops_per_s: float | None
+    ) -> float | None:
         """The least time that a machine's limits allow.
 
         Args:
-            weights: how many parameters the model has.
-            bits: what each takes.
+            config: the model's configuration.
+            bits: what a number of a matrix takes.
             bytes_per_s: how fast memory is read.
             flops_per_s: how fast matrices are multiplied; None if nobody knows.
 
         Returns:
             Seconds; None for what only an unknown `flops_per_s` limits.
         """
+        sizes = {
+            parameter.name: math.prod(parameter.shape)
+            for parameter in parameter_table(config)
+            if is_quantized(parameter)
+        }
+        head = sizes.pop("lm_head.weight", 0) or sizes["model.decoder.embed_tokens.weight"]
+        layers = sum(sizes.values()) - sizes["model.decoder.embed_tokens.weight"]
         if self.kind == "decode":
-            return self.new_tokens * weights * bits / 8 / bytes_per_s
-        return None if flops_per_s is None else self.tokens * weights * (6 if self.kind == "train" else 2) / flops_per_s
+            return self.new_tokens * (layers + head) * bits / 8 / bytes_per_s
+        if flops_per_s is None:
+            return None
+        if self.kind == "prefill":
+            return 2 * (self.tokens * layers + self.batch * head) / flops_per_s
+        return 6 * self.tokens * (layers + head) / flops_per_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -85,13 +85,16 @@ def test_bench_says_what_is_wrong(command, tiny, arguments, message):
 
 
 def test_workloads_cost_what_the_definition_says():
+    layers, head = 2 * (4 * 32 * 32 + 2 * 32 * 64), 97 * 32
     decode = Workload.parse("decode:8")
     assert (decode.batch, decode.length, decode.new_tokens, decode.positions, decode.tokens) == (8, 32, 128, 159, 1024)
-    assert decode.best_seconds(1000, BITS["int8"], 1e3, None) == 128
+    assert decode.best_seconds(TINY, BITS["int8"], 1e3, None) == 128 * (layers + head) / 1e3
+    untied = TINY.replace(tie_word_embeddings=False)
+    assert decode.best_seconds(untied, 4, 1, None) == decode.best_seconds(TINY, 4, 1, None)
     prefill, train = Workload.parse("prefill:2x16"), Workload.parse("train:2x16")
-    assert prefill.best_seconds(10, 32, 1, None) is None
-    assert prefill.best_seconds(10, 32, 1, 64) == 2 * 32 * 10 / 64
-    assert train.best_seconds(10, 32, 1, 64) == 3 * prefill.best_seconds(10, 32, 1, 64)
+    assert prefill.best_seconds(TINY, 32, 1, None) is None
+    assert prefill.best_seconds(TINY, 32, 1, 64) == 2 * (32 * layers + 2 * head) / 64
+    assert train.best_seconds(TINY, 32, 1, 64) == 6 * 32 * (layers + head) / 64
     one = timing("train:2x16", [4.0, 1.0, 2.0], 1.0)
     assert (one.tokens_per_s, one.of_limit, one.spread) == (16, 0.5, 1.5)
     assert (prefill.prompts(50, 1) != prefill.prompts(50, 2)).any()
@@ -108,7 +111,10 @@ def test_bandwidth_is_a_machine_s():
 
 
 def test_eval_is_the_reference_s_perplexity(backend, command, tmp_path):
-    """Windows of seven tokens, the last batch short: against NumPy in float64, window by window."""
+    """Windows of seven tokens, the last batch short: against NumPy in float64, window by window.
+
+    lm-evaluation-harness#806, #1471, #1586, #2301: a perplexity compares with nothing unless it says what it counts.
+    """
     text = "One day, a little fox went to the river. The river was cold."
     (tmp_path / "text.txt").write_text(text)
     code, out, _ = command(
@@ -139,6 +145,8 @@ def test_eval_is_the_reference_s_perplexity(backend, command, tmp_path):
     assert len(rounded["layer_errors"]) == checkpoint.config.num_hidden_layers + 1
     assert all(0 < error < 0.1 for error in rounded["layer_errors"])
     assert f"| float32 | {plain['perplexity']:.4f} |" in out
+    assert f"Perplexity per token: {count} tokens, in" in out
+    assert "windows of at most 7 with nothing read across" in out
 
 
 @pytest.mark.parametrize(
@@ -159,7 +167,7 @@ def test_eval_reads_lines_of_json(command, tmp_path):
     (tmp_path / "texts.jsonl").write_text('"Once upon a time"\n{"text": "One day"}\n')
     code, out, _ = command("eval", "--input", tmp_path / "texts.jsonl", "--quantization", "none")
     assert code == 0
-    assert "tokens have a probability" in out
+    assert "Perplexity per token: " in out
     (tmp_path / "texts.jsonl").write_text('{"prompt": "One day"}\n')
     code, _, error = command("eval", "--input", tmp_path / "texts.jsonl")
     assert code == 1
@@ -188,6 +196,13 @@ def test_outliers_change_no_logits(tiny, tmp_path, factor):
     np.testing.assert_array_equal(scaled[norm][channels], factor * plain[norm][channels])
     np.testing.assert_array_equal(scaled[matrix][:, channels], plain[matrix][:, channels] / factor)
     assert (scaled[norm] != plain[norm]).sum() == len(channels) == 1
+
+
+def test_random_matrices_are_all_different(tiny):
+    with open_checkpoint(tiny) as checkpoint:
+        matrices = [checkpoint.read(name) for name in checkpoint.names if checkpoint.info(name).shape == (32, 32)]
+    assert len(matrices) == 8
+    assert len({matrix.tobytes() for matrix in matrices}) == len(matrices)
 
 
 def test_outliers_need_norms_in_front(tmp_path):
