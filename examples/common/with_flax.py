@@ -30,7 +30,7 @@ class Trainer:
     """See `examples.common.run.Trainer`."""
 
     def __init__(self, task: Task, start: Start, options: Options, rates: np.ndarray, checkpoint: Path | None) -> None:
-        rngs = nnx.Rngs(options.seed)
+        rngs = nnx.Rngs(params=options.seed, dropout=options.seed)
         kind = CLASSES[start.head]
         if checkpoint is not None and start.lora is None:
             self.model = kind.from_pretrained(checkpoint, rngs=rngs)
