@@ -36,6 +36,10 @@ KEEPS_CACHE = ("greedy_search", "sample", "dola_generation", "dola_sample")
 """Strategies whose last step has read the very rows that come back."""
 
 
+UNGUIDED = DOLA_STRATEGIES | {"contrastive_search"}
+"""Strategies that compare predictions of their own, which leaves no sense to a comparison with another prompt's."""
+
+
 def strategy_of(settings: "GenerationConfig") -> str:
     """The one strategy that some settings ask for, by the precedence of Hugging Face's `get_generation_mode`."""
     if settings.constraints or settings.force_words_ids:
@@ -121,6 +125,11 @@ def conflicting_settings(settings: "GenerationConfig") -> list[str]:
         problems.append("num_beam_groups needs a diversity_penalty above 0: without it all groups are the same.")
     if settings.strategy == "contrastive_search" and settings.top_k in {0, 1}:
         problems.append(f"top_k is {settings.top_k}, but penalty_alpha chooses among top_k candidates: pass 2 or more.")
+    if settings.guided and settings.strategy in UNGUIDED:
+        problems.append(
+            f"guidance_scale can't be had with {settings.strategy}: leave guidance_scale out, or penalty_alpha and "
+            "dola_layers."
+        )
     if settings.constraints or settings.force_words_ids:
         if beams == 1:
             problems.append("force_words_ids and constraints need beams to choose from. Pass num_beams of 2 or more.")

@@ -28,6 +28,7 @@ FILES = (
     "selection.py",
     "contrastive.py",
     "dola.py",
+    "guidance.py",
     "generation.py",
     "checkpoint.py",
 )
