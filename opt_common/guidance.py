@@ -1,12 +1,13 @@
 """Classifier-free guidance: what a prompt makes likelier than another one would is made likelier still.
 
 The rule is that of Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", as Hugging Face has it
-(transformers 4.57). Each text has a second one beside it, which begins with a negative prompt, or with the prompt's last
-token alone, and goes on with the same new tokens. A token's score is
+(transformers 4.57). Each text has a second one beside it, which begins with a negative prompt, or with the prompt's
+last token alone, and goes on with the same new tokens. A token's score is
 
     guidance_scale * (log p(token | text) - log p(token | second text)) + log p(token | second text)
 
-before all processors. Beams, which add scores up, make them log-probabilities again; Hugging Face adds them as they are.
+before all processors. Beams, which add scores up, make them log-probabilities again first. In Hugging Face they don't,
+and second texts do not follow the beams.
 
 The second texts are more rows of the same batch and of its cache, so that a token costs one step with twice the rows.
 """
