@@ -83,6 +83,7 @@ NUMBERS = {
     "typical_p": st.floats(0.05, 0.99),
     "epsilon_cutoff": st.floats(0.0001, 0.1),
     "eta_cutoff": st.floats(0.0001, 0.1),
+    "guidance_scale": st.floats(-1, 4).filter(lambda value: value != 1),
     "penalty_alpha": st.floats(0.1, 0.9),
     "seed": st.integers(0, 2**40),
 }
@@ -96,6 +97,7 @@ PROGRAMS = {
     "sampling, bare": ({"do_sample": True, "top_k": 0}, ("seed",)),
     "contrastive": ({"top_k": 4}, ("penalty_alpha", "repetition_penalty", "min_new_tokens")),
     "layers": ({"do_sample": True, "top_k": 0, "dola_layers": [0]}, ("seed", "temperature")),
+    "guided": ({"do_sample": True, "top_k": 0}, ("guidance_scale", "seed", "temperature")),
     "sampling": ({"do_sample": True}, (*RANDOM, "repetition_penalty", "suppress_tokens")),
 }
 """Few compiled programs, by name: settings that are always the same, and those whose numbers vary."""

@@ -259,6 +259,7 @@ SANCTIONED = {
     },
     "contrastive.py": {},
     "dola.py": {},
+    "guidance.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
