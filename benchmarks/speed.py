@@ -25,24 +25,13 @@ from benchmarks.checkpoints import make
 from conversion import convert
 from opt_common import OPTConfig
 from opt_common.config import SIZES
-from opt_common.params import count_parameters
-
-WORKLOADS: Mapping[str, dict[str, Any]] = {
-    "decode 1": {"do": "generate", "batch": 1, "length": 32, "new_tokens": 128},
-    "decode 8": {"do": "generate", "batch": 8, "length": 32, "new_tokens": 128},
-    "decode 32": {"do": "generate", "batch": 32, "length": 32, "new_tokens": 128},
-    "prefill 1x512": {"do": "generate", "batch": 1, "length": 512, "new_tokens": 1},
-    "prefill 1x2047": {"do": "generate", "batch": 1, "length": 2047, "new_tokens": 1},
-    "prefill 8x512": {"do": "generate", "batch": 8, "length": 512, "new_tokens": 1},
-    "train 4x256": {"do": "train", "batch": 4, "length": 256},
-}
-"""What is timed. Decoding counts new tokens, its prompt of 32 included in the time; the others count tokens read."""
+from opt_common.workloads import BITS, DEFAULT_WORKLOADS, Workload, timing
 
 FORMATS = {"hf_tf": "tf", "hf_flax": "flax", "ct2": "ct2"}
 """What a system reads, if not safetensors."""
 
-BITS = {"int8": 8, "int8-dynamic": 8, "int4": 5, "bfloat16": 16, "float16": 16, "float32": 32}
-"""Bits a weight takes; 4-bit weights have a scale and an offset for each 32."""
+LIMITS = ("bytes_per_s", "flops_per_s")
+"""What is measured of the machine in each round."""
 
 
 class Worker:
@@ -58,7 +47,7 @@ class Worker:
             bufsize=1,
             env=environment(name),
         )
-        self.load_seconds = self.read()["seconds"]
+        self.start = self.read()
 
     def ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Let it do one command."""
@@ -94,11 +83,19 @@ def checkpoint_for(name: str, shape: str, work: Path, python: str) -> Path:
         return source
     target = work / f"{shape}-{wanted}"
     if not target.exists() and wanted == "ct2":
+        write_vocabulary(source)
         converter = Path(python).parent / "ct2-transformers-converter"
         subprocess.run([converter, "--model", source, "--output_dir", target], check=True)
     elif not target.exists():
         convert(source, target, to=wanted)
     return target
+
+
+def write_vocabulary(directory: Path) -> None:
+    """Write a tokenizer of made-up words, which CTranslate2's converter wants to see."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"word{index}" for index in range(4, 50265))]
+    (directory / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -109,14 +106,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         python = pythons.get(name.partition(":")[0], sys.executable)
         path = Path() if name == "limit" else checkpoint_for(name, arguments.shape, arguments.work, python)
         workers.append(Worker(name, python, path))
-        print(f"{name}: loaded in {workers[-1].load_seconds:.1f} s", file=sys.stderr)
+        print(f"{name}: loaded in {workers[-1].start['load']:.1f} s", file=sys.stderr)
     limits: list[dict[str, Any]] = []
     seconds: dict[str, dict[str, list[float]]] = {workload: {} for workload in arguments.workloads}
     for number in range(arguments.rounds + 1):
-        limits.append(workers[0].ask({"do": "limit"}))
+        limits.append(workers[0].ask({"workload": "limit"}))
         for workload in arguments.workloads:
             for worker in workers[1:]:
-                reply = worker.ask({**WORKLOADS[workload], "seed": number})
+                reply = worker.ask({"workload": workload, "seed": number})
                 if number and "seconds" in reply:
                     seconds[workload].setdefault(worker.name, []).append(reply["seconds"])
         print(f"round {number} of {arguments.rounds} done", file=sys.stderr)
@@ -124,7 +121,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         worker.close()
     return {
         "shape": arguments.shape,
-        "load_seconds": {worker.name: worker.load_seconds for worker in workers[1:]},
+        "start": {worker.name: worker.start for worker in workers[1:]},
         "limits": limits[1:],
         "seconds": seconds,
     }
@@ -132,31 +129,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def summary(result: Mapping[str, Any], baseline: str | None) -> list[dict[str, Any]]:
     """A row for each workload and system: tokens a second, the ratio to the baseline and to the limit."""
-    weights = count_parameters(OPTConfig.from_size(result["shape"]))
-    bandwidth, rate = (
-        statistics.median(limit[key] for limit in result["limits"]) for key in ("bytes_per_s", "flops_per_s")
-    )
+    config = OPTConfig.from_size(result["shape"])
+    bandwidth, rate = (statistics.median(limit[key] for limit in result["limits"]) for key in LIMITS)
     rows: list[dict[str, Any]] = []
     for workload, systems in result["seconds"].items():
-        plan = WORKLOADS[workload]
-        decoding = plan.get("new_tokens", 1) > 1
-        tokens = plan["batch"] * (plan["new_tokens"] if decoding else plan["length"])
         medians = {name: statistics.median(times) for name, times in systems.items()}
-        for name, time in medians.items():
-            kind = name.split(":")
-            bits = BITS.get(kind[-1], 32)
-            if decoding:
-                limit = tokens / (plan["new_tokens"] * weights * bits / 8 / bandwidth)
-            else:
-                limit = rate / (weights * (6 if plan["do"] == "train" else 2))
+        for name, times in systems.items():
+            bits = BITS.get(name.rpartition(":")[2], BITS["float32"])
+            best = Workload.parse(workload).best_seconds(config, bits, bandwidth, rate)
+            one = timing(workload, times, best)
             rows.append(
                 {
                     "workload": workload,
                     "system": name,
-                    "tokens_per_s": tokens / time,
-                    "ratio": medians[baseline] / time if baseline in medians else None,
-                    "of_limit": tokens / time / limit,
-                    "spread": (max(systems[name]) - min(systems[name])) / time,
+                    "tokens_per_s": one.tokens_per_s,
+                    "ratio": medians[baseline] / medians[name] if baseline in medians else None,
+                    "of_limit": one.of_limit,
+                    "spread": one.spread,
                 }
             )
     return rows
@@ -197,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="125m", choices=SIZES, help="shape of the model (default: 125m)")
     parser.add_argument("--systems", nargs="+", default=["opt_torch"], help="what to time")
-    parser.add_argument("--workloads", nargs="+", default=["decode 1", "prefill 1x512"], choices=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", default=list(DEFAULT_WORKLOADS), help="see `opt-torch bench --help`")
     parser.add_argument("--baseline", help="the system that ratios are to")
     parser.add_argument("--python", nargs="*", default=[], metavar="SYSTEM=PATH", help="the Python of a system")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default: 5)")

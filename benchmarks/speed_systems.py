@@ -7,17 +7,25 @@ A system is named FRAMEWORK[:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:i
 "hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
 """
 
+import functools
+import importlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from opt_common.encoding import tensor_maker
+from opt_common.workloads import Bandwidth, Workload, seconds_of
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+VOCABULARY = 50000
+"""Prompts have smaller ids."""
 
 
 class System(Protocol):
@@ -32,44 +40,39 @@ class System(Protocol):
         ...
 
 
-class OptTorch:
-    """This package in PyTorch."""
+class Opt:
+    """This package, in one of its frameworks."""
 
-    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
-        import torch
-
-        from opt_torch import OPTForCausalLM
-
-        self.torch = torch
-        self.model: Any = OPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
-        self.optimizer: Any = None
+    def __init__(self, package: str, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
+        self.program = importlib.import_module(f"{package}.cli").program()
+        self.tensor = tensor_maker(self.program.tensors)
+        self.dtype = dtype
+        self.model: Any = self.program.load(str(path), dtype=dtype, quantization=quantization)
+        self.step: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
-        ids = self.torch.from_numpy(prompts_BT)
-        return self.model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens).numpy()
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        return np.asarray(self.model.generate(self.tensor(prompts_BT), **options))
 
     def train(self, ids_BT: np.ndarray) -> float:
-        if self.optimizer is None:
-            self.model.train()
-            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
-        ids = self.torch.from_numpy(ids_BT)
-        loss = self.model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss)
+        if self.step is None:
+            # A model of its own takes this one's place: two would not fit everywhere.
+            config, self.model = self.model.config, None
+            self.step = self.program.trainer(config, self.dtype)
+        return self.step(ids_BT)
 
 
-class HfTorch(OptTorch):
-    """transformers in PyTorch."""
+class HfTorch:
+    """transformers in PyTorch; training in bfloat16 is its autocast."""
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         import torch
         from transformers import OPTForCausalLM  # pyright: ignore[reportMissingImports]
 
         self.torch = torch
-        self.model = OPTForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-        self.optimizer = None
+        self.dtype = getattr(torch, dtype)
+        self.model = OPTForCausalLM.from_pretrained(path, dtype=self.dtype).eval()
+        self.optimizer: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
         ids = self.torch.from_numpy(prompts_BT)
@@ -77,67 +80,17 @@ class HfTorch(OptTorch):
         with self.torch.no_grad():
             return self.model.generate(ids, attention_mask=self.torch.ones_like(ids), **options).numpy()
 
-
-class OptFlax:
-    """This package in JAX."""
-
-    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
-        from opt_flax import FlaxOPTForCausalLM
-
-        self.model: Any = FlaxOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
-        self.step: Any = None
-
-    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
-        return np.asarray(self.model.generate(prompts_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens))
-
     def train(self, ids_BT: np.ndarray) -> float:
-        import optax
-        from flax import nnx
-
-        if self.step is None:
-            self.model.train()
-            self.optimizer = nnx.Optimizer(self.model, optax.adamw(1e-5), wrt=nnx.Param)
-
-            @nnx.jit(donate_argnums=(0, 1))
-            def step(model: Any, optimizer: Any, ids: Any) -> Any:
-                loss, gradients = nnx.value_and_grad(lambda model: model(input_ids=ids, labels=ids).loss)(model)
-                optimizer.update(model, gradients)
-                return loss
-
-            self.step = step
-        return float(self.step(self.model, self.optimizer, ids_BT))
-
-
-class OptTf:
-    """This package in TensorFlow."""
-
-    def __init__(self, path: Path, dtype: str = "float32", quantization: str | None = None) -> None:
-        from opt_tf import TFOPTForCausalLM
-
-        self.model: Any = TFOPTForCausalLM.from_pretrained(path, dtype=dtype, quantization=quantization)
-        self.step: Any = None
-
-    def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
-        return self.model.generate(prompts_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens).numpy()
-
-    def train(self, ids_BT: np.ndarray) -> float:
-        import keras
-        import tensorflow as tf
-
-        if self.step is None:
-            optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.01)
-            optimizer.build(self.model.trainable_variables)
-
-            @tf.function(jit_compile=True)
-            def step(ids: Any) -> Any:
-                with tf.GradientTape() as tape:
-                    loss = self.model(input_ids=ids, labels=ids, training=True).loss
-                variables = self.model.trainable_variables
-                optimizer.apply(tape.gradient(loss, variables), variables)
-                return loss
-
-            self.step = step
-        return float(self.step(np.asarray(ids_BT, np.int32)))
+        if self.optimizer is None:
+            self.model = self.model.float().train()
+            self.optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        ids = self.torch.from_numpy(ids_BT)
+        with self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.dtype == self.torch.bfloat16):
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
 
 
 class HfTf:
@@ -151,15 +104,19 @@ class HfTf:
         self.tf = tf
         self.model = TFOPTForCausalLM.from_pretrained(path)
         self.compiled = tf.function(self.model.generate, jit_compile=True)
+        # Its generate refuses to make a single token under XLA.
+        self.first = tf.function(lambda ids: tf.argmax(self.model(ids).logits[:, -1], axis=-1), jit_compile=True)
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
         ids = self.tf.constant(prompts_BT, self.tf.int32)
+        if new_tokens == 1:
+            return self.first(ids).numpy()
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         return self.compiled(ids, attention_mask=self.tf.ones_like(ids), **options).numpy()
 
 
 class HfFlax:
-    """transformers 4.57 in Flax: the jitted model, for its generate fails on the JAX that it needs."""
+    """transformers 4.57 in Flax: its model and cache in a jitted step, for its generate fails on the JAX it needs."""
 
     def __init__(self, path: Path, dtype: str = "float32") -> None:
         import jax
@@ -168,13 +125,26 @@ class HfFlax:
         assert dtype == "float32"
         self.jax = jax
         self.model = FlaxOPTForCausalLM.from_pretrained(path)
-        self.forward = jax.jit(lambda params, ids: self.model(ids, params=params).logits[:, -1].argmax(-1))
         self.step: Any = None
 
+        def forward(params: Any, ids_BT: Any, mask_BS: Any, positions_BT: Any, cache: Any) -> Any:
+            output = self.model(
+                ids_BT, attention_mask=mask_BS, position_ids=positions_BT, params=params, past_key_values=cache
+            )
+            return output.logits[:, -1].argmax(-1)[:, None], output.past_key_values
+
+        self.forward = jax.jit(forward, donate_argnums=(4,))
+
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:
-        if new_tokens != 1:
-            raise NotImplementedError("only a first token")
-        return np.asarray(self.forward(self.model.params, prompts_BT))
+        B, T = prompts_BT.shape
+        cache, mask_BS = self.model.init_cache(B, T + new_tokens), np.ones((B, T + new_tokens), np.int32)
+        found, positions_BT = prompts_BT, np.broadcast_to(np.arange(T), (B, T))
+        chosen = []
+        for position in range(T, T + new_tokens):
+            found, cache = self.forward(self.model.params, found, mask_BS, positions_BT, cache)
+            chosen.append(found)
+            positions_BT = np.full((B, 1), position)
+        return np.concatenate([np.asarray(ids_B1) for ids_B1 in chosen], axis=1)
 
     def train(self, ids_BT: np.ndarray) -> float:
         import jax.numpy as jnp
@@ -185,7 +155,7 @@ class HfFlax:
             self.params, self.state = self.model.params, optimizer.init(self.model.params)
 
             def loss_of(params: Any, ids: Any, key: Any) -> Any:
-                logits = self.model(ids, params=params, dropout_rng=key, train=True).logits[:, :-1]
+                logits = self.model(ids, params=params, dropout_rng=key, deterministic=False).logits[:, :-1]
                 return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
 
             def step(params: Any, state: Any, ids: Any, key: Any) -> Any:
@@ -263,33 +233,25 @@ class Limit:
         import torch
 
         self.torch = torch
-        self.block = torch.ones(1 << 28, dtype=torch.float32)
+        self.memory = Bandwidth()
         self.matrix = torch.randn(4096, 4096)
         del path, dtype
 
     def measure(self) -> dict[str, float]:
         """Bytes read and float32 operations a second, the better of MKL and oneDNN."""
-        read = timed(self.block.sum)
         with self.torch.no_grad():
-            products = [timed(lambda: self.matrix @ self.matrix)]
+            products = [seconds_of(lambda: self.matrix @ self.matrix)]
             if hasattr(self.torch.ops.mkldnn, "_linear_pointwise"):
                 multiply = self.torch.ops.mkldnn._linear_pointwise
-                products.append(timed(lambda: multiply(self.matrix, self.matrix, None, "none", [], "")))
-        return {"bytes_per_s": self.block.nbytes / read, "flops_per_s": 2 * 4096**3 / min(products)}
-
-
-def timed(do: Any) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    do()
-    return time.perf_counter() - start
+                products.append(seconds_of(lambda: multiply(self.matrix, self.matrix, None, "none", [], "")))
+        return {"bytes_per_s": self.memory.measure(), "flops_per_s": 2 * 4096**3 / min(products)}
 
 
 SYSTEMS = {
     "limit": Limit,
-    "opt_torch": OptTorch,
-    "opt_tf": OptTf,
-    "opt_flax": OptFlax,
+    "opt_torch": functools.partial(Opt, "opt_torch"),
+    "opt_tf": functools.partial(Opt, "opt_tf"),
+    "opt_flax": functools.partial(Opt, "opt_flax"),
     "hf_torch": HfTorch,
     "hf_tf": HfTf,
     "hf_flax": HfFlax,
@@ -299,15 +261,27 @@ SYSTEMS = {
 }
 
 
+IMPORTS = {
+    "limit": "torch",
+    "hf_torch": "transformers.models.opt.modeling_opt",
+    "hf_tf": "transformers.models.opt.modeling_tf_opt",
+    "hf_flax": "transformers.models.opt.modeling_flax_opt",
+    "keras_hub_tf": "keras_hub",
+    "keras_hub_jax": "keras_hub",
+    "ct2": "ctranslate2",
+}
+"""What a user of a system imports; of this package, the module of the models."""
+
+
 def answer(system: Any, command: dict[str, Any]) -> dict[str, Any]:
     """Do one command, and say how long it took."""
-    if command["do"] == "limit":
+    if command["workload"] == "limit":
         return system.measure()
-    rng = np.random.default_rng(command["seed"])
-    ids_BT = rng.integers(4, 50000, size=(command["batch"], command["length"]))
-    if command["do"] == "train":
-        return {"seconds": timed(lambda: system.train(ids_BT))}
-    return {"seconds": timed(lambda: system.generate(ids_BT, command["new_tokens"]))}
+    workload = Workload.parse(command["workload"])
+    ids_BT = workload.prompts(VOCABULARY, command["seed"])
+    if workload.kind == "train":
+        return {"seconds": seconds_of(lambda: system.train(ids_BT))}
+    return {"seconds": seconds_of(lambda: system.generate(ids_BT, workload.new_tokens))}
 
 
 def main() -> None:
@@ -317,9 +291,17 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     kind, *options = name.split(":")
-    start = time.perf_counter()
-    system = SYSTEMS[kind](path, *options)
-    print(json.dumps({"seconds": time.perf_counter() - start}), file=answers)
+    system: Any = None
+
+    def load() -> None:
+        nonlocal system
+        system = SYSTEMS[kind](path, *options)
+
+    start = {
+        "import": seconds_of(lambda: importlib.import_module(IMPORTS.get(kind, f"{kind}.modeling"))),
+        "load": seconds_of(load),
+    }
+    print(json.dumps(start), file=answers)
     for line in sys.stdin:
         try:
             reply = answer(system, json.loads(line))

@@ -4,6 +4,7 @@ argparse of the standard library: one dependency less to install and to keep up 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import os
@@ -13,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from opt_common import cli_generate
+from opt_common import cli_bench, cli_eval, cli_generate
+from opt_common.cli_model import add_model
+from opt_common.config import OPTConfig
 from opt_common.errors import OPTError
-from opt_common.hub import BUNDLED_MODEL
 from opt_common.params import ARCHITECTURES
 from opt_common.pretrained import MODEL_DTYPES
 from opt_common.states import write_states
@@ -33,12 +35,21 @@ class Program:
         framework: the framework's name.
         tensors: what the tokenizer calls the framework's arrays.
         load: makes the language model of a directory or hub id; takes `from_pretrained`'s keywords.
+        inference: what models are called under when no gradient is wanted.
+        trainer: makes a new language model of a configuration, and gives what does one step of AdamW on ids (B, T) and
+            returns the loss. Arithmetic is in the dtype named, weights are float32 where that is a smaller one.
+        write_random: writes a checkpoint with random weights to a directory.
+        write_outliers: writes a checkpoint whose norms and matrices are scaled against each other to a directory.
     """
 
     name: str
     framework: str
     tensors: Literal["pt", "tf", "jax"]
     load: Callable[..., Any]
+    inference: Callable[[], contextlib.AbstractContextManager[Any]]
+    trainer: Callable[[OPTConfig, str], Callable[[Any], float]]
+    write_random: Callable[[Path, OPTConfig], None]
+    write_outliers: Callable[..., None]
 
 
 def run(program: Program, argv: Sequence[str] | None = None) -> int:
@@ -64,6 +75,9 @@ def run(program: Program, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader has seen enough. Python would complain once more on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        print(f"{program.name}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"{program.name}: interrupted.", file=sys.stderr)
@@ -94,22 +108,21 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     )
     generate.set_defaults(command=cli_generate.run)
     cli_generate.add_options(generate)
-    generate.add_argument(
-        "--model",
-        default=BUNDLED_MODEL,
-        metavar="PATH_OR_ID",
-        help=f"a directory or a hub id, in any format (default {BUNDLED_MODEL}, which comes with this package)",
-    )
-    generate.add_argument(
-        "--dtype",
-        choices=(*MODEL_DTYPES, "auto"),
-        default=None,
-        help=f"dtype of the arithmetic (default {MODEL_DTYPES[0]}; auto: as stored)",
-    )
-    generate.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub repository")
-    generate.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
-    generate.add_argument("--token", help="access token of the hub")
-    generate.add_argument("--offline", action="store_true", help="use only what is already there")
+    add_model(generate)
+    for name, module, text in (
+        ("bench", cli_bench, "time a model on this machine"),
+        ("eval", cli_eval, "perplexity of a model, and what weights in few bits cost"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=module.DESCRIPTION,
+            epilog=module.EPILOGUE.format(name=program.name),
+            formatter_class=layout,
+        )
+        command.set_defaults(command=module.run)
+        module.add_options(command)
+        add_model(command)
     _add_states(commands.add_parser("states", help="logits and hidden states of given ids, for opt-convert verify"))
     return parser
 

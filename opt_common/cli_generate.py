@@ -7,12 +7,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from opt_common.cli_model import source_of
 from opt_common.cli_writer import Line, Writer
 from opt_common.errors import GenerationError
 from opt_common.generation_config import DEFAULT_TOP_K, GenerationConfig
+from opt_common.texts import read_texts
 from opt_common.tokenizer import OPTTokenizer
 
 if TYPE_CHECKING:
@@ -175,29 +176,7 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         return arguments.prompts or [DEFAULT_PROMPT]
     if arguments.prompts:
         raise GenerationError("Prompts are given both as arguments and by --input. Give them one way.")
-    name = "standard input" if arguments.input == "-" else arguments.input
-    try:
-        text = sys.stdin.read() if arguments.input == "-" else Path(arguments.input).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"{name} cannot be read: {error}.") from None
-    # Not splitlines(): that would also split at separators which JSON leaves as they are.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise GenerationError(f"{name} holds no prompt. Write one in each line.")
-    if not (arguments.json_lines or arguments.input.endswith(".jsonl")):
-        return [line.rstrip("\r") for _, line in lines]
-    return [_prompt_of(line, f"{name}, line {number}") for number, line in lines]
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        value: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise GenerationError(f"{where}: not readable as JSON: {error}.") from None
-    prompt: Any = cast(dict[str, Any], value).get("prompt") if isinstance(value, dict) else value
-    if not isinstance(prompt, str):
-        raise GenerationError(f'{where}: expected a string or an object with a "prompt", got {line[:80]}.')
-    return prompt
+    return read_texts(arguments.input, field="prompt", json_lines=arguments.json_lines, error=GenerationError)
 
 
 # Running
@@ -205,12 +184,7 @@ def _prompt_of(line: str, where: str) -> str:
 
 def run(program: "Program", arguments: argparse.Namespace) -> None:
     """Continue prompts and print the texts."""
-    source = {
-        "revision": arguments.revision,
-        "cache_dir": arguments.cache_dir,
-        "token": arguments.token,
-        "local_files_only": arguments.offline,
-    }
+    source = source_of(arguments)
     settings = _settings(arguments)
     prompts = arguments.prompts if arguments.interactive else _prompts(arguments)
     writer = Writer(

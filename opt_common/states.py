@@ -28,8 +28,8 @@ def write_states(model: Any, tensors: str, inputs: Path, outputs: Path) -> None:
         given = {name: held[name] for name in held.files}
     tensor = tensor_maker(tensors)
     found = model(input_ids=tensor(given["ids"]), attention_mask=tensor(given["mask"]), output_hidden_states=True)
-    results = {name: _array(getattr(found, name)) for name in LOGITS if getattr(found, name, None) is not None}
-    results |= {f"hidden_states.{index}": _array(state) for index, state in enumerate(found.hidden_states)}
+    results = {name: to_numpy(getattr(found, name)) for name in LOGITS if getattr(found, name, None) is not None}
+    results |= {f"hidden_states.{index}": to_numpy(state) for index, state in enumerate(found.hidden_states)}
     if getattr(found, "logits", None) is not None and found.logits.ndim == 3:
         results["greedy"] = _greedy(model, tensor, given["prompt"], given["prompt_mask"], int(given["steps"]))
     np.savez(outputs, **results)
@@ -42,12 +42,13 @@ def _greedy(model: Any, tensor: Any, prompt_BS: Any, mask_BS: Any, steps: int) -
     ids_BT = np.concatenate([prompt_BS, np.zeros((B, steps), prompt_BS.dtype)], axis=1)
     mask_BT = np.concatenate([mask_BS, np.zeros((B, steps), mask_BS.dtype)], axis=1)
     for position in range(S, S + steps):
-        logits_BTV = _array(model(input_ids=tensor(ids_BT), attention_mask=tensor(mask_BT)).logits)
+        logits_BTV = to_numpy(model(input_ids=tensor(ids_BT), attention_mask=tensor(mask_BT)).logits)
         ids_BT[:, position] = logits_BTV[:, position - 1].argmax(-1)
         mask_BT[:, position] = 1
     return ids_BT[:, S:]
 
 
-def _array(value: Any) -> Any:
+def to_numpy(value: Any) -> Any:
+    """An array of any framework, in NumPy."""
     # PyTorch's tensors carry their gradient's history, which NumPy does not take.
     return np.asarray(value.detach() if hasattr(value, "detach") else value)

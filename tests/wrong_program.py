@@ -1,8 +1,9 @@
 """A backend's program that is wrong: `opt-torch` with one bias of one layer changed after loading."""
 
+import dataclasses
 from typing import Any
 
-from opt_common.cli import Program, run
+from opt_common.cli import run
 from opt_torch import cli
 
 LAYER = 1
@@ -20,4 +21,4 @@ def load(path_or_id: str, **options: Any) -> Any:
 
 def main() -> int:
     """Run one command of `opt-torch`."""
-    return run(Program(name="opt-wrong", framework="PyTorch", tensors="pt", load=load))
+    return run(dataclasses.replace(cli.program(), name="opt-wrong", load=load))
