@@ -353,7 +353,7 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         unconditional_BV = None
         if guidance_scale is not None:
             logits_BV, unconditional_BV = tf.split(logits_BV, 2)
-            history = history.of(np.arange(logits_BV.shape[0]))
+            history = history.of(tf.range(tf.shape(logits_BV)[0]))
         early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
         step = Step(
             logits_BV=logits_BV,

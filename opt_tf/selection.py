@@ -46,13 +46,15 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
-        unguided = self.unconditional_BV is None
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = tf.gather(unconditional_BV, rows_B)
         return dataclasses.replace(
             self,
             logits_BV=tf.gather(self.logits_BV, rows_B),
             history=self.history.of(rows_B),
             arguments=arguments,
-            unconditional_BV=None if unguided else tf.gather(self.unconditional_BV, rows_B),
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> tf.Tensor:
