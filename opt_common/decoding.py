@@ -24,6 +24,9 @@ Ids: TypeAlias = npt.NDArray[np.integer[Any]]
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """What a selection brings to the host, by name."""
 
+ON_DEVICE = frozenset({"shares"})
+"""What of it stays on the device, as the framework's array, for the arguments of another step."""
+
 
 class Selection(NamedTuple):
     """What comes to the host from a step's scores: the part that a compiler must know.
@@ -42,6 +45,11 @@ class Selection(NamedTuple):
     layers: tuple[int, ...] = ()
 
     @property
+    def reach(self) -> int:
+        """After how many of the last tokens something is selected; see `opt_common.assisted`."""
+        return self.size if self.name in {"tokens", "checked"} else 1
+
+    @property
     def compares_states(self) -> bool:
         """Whether the last hidden states of all that was read are kept; see `opt_common.contrastive`."""
         return self.name in {"candidates", "contrast"}
@@ -56,7 +64,7 @@ class Choice:
     """How one step goes on: from which rows, with which processors, to which selection.
 
     Attributes:
-        gates_P: the number of each processor in this step.
+        gates_P: the number of each processor in this step; (P, rows, 1) where several tokens' successors are selected.
         selection: what comes to the host.
         arguments: arrays that the selection is given.
         rows_B: the rows of the step before that this step's rows continue, in any number, each as often as it is
@@ -84,6 +92,10 @@ class Decoder(Protocol):
         """Drop the last `count` tokens of every row, as if they had not been read."""
         ...
 
+    def other(self, model: Any, prompt: "Prompt") -> "Decoder":
+        """A decoder of the same framework for another model."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prompt:
@@ -104,6 +116,8 @@ class Prompt:
         order: (B, T) the column in which each token was given.
         layers: what predictions are contrasted with; see `Selection`.
         guidance: what else is read beside the prompts, or None.
+        guesses: how many tokens a step may read that the text does not have yet; see `opt_common.assisted`.
+        positions: how many tokens the model has positions for.
     """
 
     input_ids: Ids
@@ -118,6 +132,18 @@ class Prompt:
     order: Ids | None = None
     layers: tuple[int, ...] = ()
     guidance: Guidance | None = None
+    guesses: int = 0
+    positions: int = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """How many slots a cache needs behind the prompt."""
+        return self.new_tokens + self.guesses
+
+    def has_room(self, step: int, positions: int | None = None) -> bool:
+        """Whether all guesses behind `step` new tokens have positions, in this model and in one of so many."""
+        positions = self.positions if positions is None else min(self.positions, positions)
+        return int(self.attention_mask.sum()) + step + self.guesses <= positions
 
     @property
     def past_length(self) -> int:

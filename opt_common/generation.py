@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from opt_common.assisted import DRAWS, assisted, check_one_row
 from opt_common.beams import continuations, search
 from opt_common.config import OPTConfig
 from opt_common.contrastive import contrastive_search
@@ -25,7 +26,13 @@ from opt_common.guidance import Guidance, read_negatives
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
 from opt_common.stopping import Stopping
-from opt_common.strategies import BEAM_STRATEGIES, DOLA_STRATEGIES, KEEPS_CACHE, SAMPLING_STRATEGIES
+from opt_common.strategies import (
+    ASSISTED_STRATEGIES,
+    BEAM_STRATEGIES,
+    DOLA_STRATEGIES,
+    KEEPS_CACHE,
+    SAMPLING_STRATEGIES,
+)
 from opt_common.streaming import Streamer
 
 DEFAULT_MAX_LENGTH = 20
@@ -51,6 +58,8 @@ def token_steps(decoder: Decoder, prompt: Prompt, settings: GenerationConfig) ->
         Each step's "tokens", (B,), and its details.
     """
     reader = Reader(decoder, prompt, use_cache=settings.use_cache)
+    if settings.strategy in ASSISTED_STRATEGIES:
+        return assisted(reader, prompt, settings)
     strategy = contrastive_search if settings.strategy == "contrastive_search" else decode_tokens
     return strategy(reader, prompt, settings)
 
@@ -139,6 +148,8 @@ def read_prompt(
     embeds_BTE = None if inputs_embeds is None else np.asarray(inputs_embeds)
     ids_BT, mask_BT = _read_arrays(config, input_ids, attention_mask, embeds_BTE)
     rows, length = mask_BT.shape
+    if settings.strategy in ASSISTED_STRATEGIES:
+        check_one_row(rows, settings, has_ids=input_ids is not None)
     negatives = read_negatives(
         config,
         settings,
@@ -183,9 +194,9 @@ def read_prompt(
             draw_uniforms(
                 ids_BT if embeds_BTE is None else embeds_BTE,
                 mask_BT,
-                new_tokens,
+                new_tokens + settings.guesses,
                 settings.seed,
-                draws=continuations(settings) if settings.strategy in BEAM_STRATEGIES else 1,
+                draws=_draws(settings),
             )
             if settings.strategy in SAMPLING_STRATEGIES
             else None
@@ -197,7 +208,16 @@ def read_prompt(
         order=order_BT,
         layers=candidate_layers(config, settings.dola_layers) if settings.strategy in DOLA_STRATEGIES else (),
         guidance=guidance,
+        guesses=settings.guesses,
+        positions=config.max_position_embeddings,
     )
+
+
+def _draws(settings: GenerationConfig) -> int:
+    """How many numbers a step of a row takes."""
+    if settings.strategy in BEAM_STRATEGIES:
+        return continuations(settings)
+    return 1 if settings.assistant_model is None else DRAWS
 
 
 def _read_arrays(

@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt, Selection
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -91,7 +92,7 @@ def generate(
         **settings,
     )
     check_streamer(streamer, options)
-    with evaluating(model):
+    with evaluating(model, options):
         decoder = Decoder(model, prompt)
         generated = run(decoder, prompt, options, streamer)
     return results(decoder, input_ids, generated, options)
@@ -114,7 +115,7 @@ def stream(model: "FlaxOPTForCausalLM", text: str, tokenizer: OPTTokenizer, **op
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
     check_streamer(tokenizer, settings)
     steps = token_steps(Decoder(model, prompt), prompt, settings)
-    return text_pieces(steps, lambda: evaluating(model), new_text(tokenizer, prompt.input_ids[0], settings))
+    return text_pieces(steps, lambda: evaluating(model, settings), new_text(tokenizer, prompt.input_ids[0], settings))
 
 
 def generate_text(
@@ -139,7 +140,7 @@ def generate_text(
     texts = [text] if isinstance(text, str) else list(text)
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="jax")
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
-    with evaluating(model):
+    with evaluating(model, settings):
         generated = run(Decoder(model, prompt), prompt, settings)
     found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
     return found[0] if isinstance(text, str) and len(found) == 1 else found
@@ -162,6 +163,7 @@ def prepare(
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -178,15 +180,18 @@ def prepare(
 
 
 @contextlib.contextmanager
-def evaluating(model: "FlaxOPTForCausalLM") -> Iterator[None]:
-    """Where nothing is dropped out; the model's mode is restored afterwards, whatever happens."""
-    training = model.training
-    model.eval()
+def evaluating(model: "FlaxOPTForCausalLM", options: GenerationConfig) -> Iterator[None]:
+    """Where nothing is dropped out; the mode of the model and its assistant is restored afterwards, come what may."""
+    models = [each for each in (model, options.assistant_model) if each is not None]
+    modes = [(each, each.training) for each in models]
+    for each in models:
+        each.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for each, training in modes:
+            if training:
+                each.train()
 
 
 def to_host(array: ArrayLike | None) -> np.ndarray | None:
@@ -231,7 +236,7 @@ class Decoder:
         start = self.prompt.past_length
         self.padding = bucket(T - start) - (T - start)
         first = start + self.padding
-        capacity = bucket(start + bucket(T - start) + self.prompt.new_tokens)
+        capacity = bucket(start + bucket(T - start) + self.prompt.most_tokens)
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype)
         else:
@@ -274,6 +279,10 @@ class Decoder:
         """Drop the last `count` tokens of every row, as if they had not been read."""
         self.cache = self.cache.cropped(self.cache.length - count)
 
+    def other(self, model: "FlaxOPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
+
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         # Buffers of another size cannot be used again for the result.
@@ -297,7 +306,7 @@ class Decoder:
             choice.gates_P,
             choice.arguments,
         )
-        return {name: np.asarray(array) for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else np.asarray(array) for name, array in found.items()}
 
 
 class Structure:
@@ -364,7 +373,10 @@ def _one_step(
     slots_S = jnp.arange(mask_BS.shape[1])
     attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < length)
     history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=length)
-    hidden_BE = outputs.last_hidden_state[:, -1]
+    reach = selection.reach
+    hidden_BE = jax.lax.collapse(outputs.last_hidden_state[:, -reach:], 0, 2)
+    if reach > 1:
+        history = history.each(reach)
     found = {}
     if selection.name == "contrast":
         assert states_BS1E is not None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt, Selection
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -157,6 +158,7 @@ def prepare(
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -211,7 +213,7 @@ class Decoder:
         start = self.prompt.past_length
         self.padding = bucket(T - start) - (T - start)
         first = start + self.padding
-        capacity = bucket(start + bucket(T - start) + self.prompt.new_tokens)
+        capacity = bucket(start + bucket(T - start) + self.prompt.most_tokens)
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.compute_dtype)
         else:
@@ -255,6 +257,10 @@ class Decoder:
         """Drop the last `count` tokens of every row, as if they had not been read."""
         self.cache = self.cache.cropped(self.cache.length - count)
 
+    def other(self, model: "TFOPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
+
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
@@ -275,10 +281,10 @@ class Decoder:
             self.arguments,
             self.guidance_scale,
             tf.constant(choice.gates_P),
-            tuple(map(tf.constant, choice.arguments)),
+            tuple(map(tf.convert_to_tensor, choice.arguments)),
         )
         self.cache = KVCache(keys, values, cache.length + ids_BT.shape[1])
-        return {name: array.numpy() for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else array.numpy() for name, array in found.items()}
 
 
 # One compiled step a model, kept as long as the model is.
@@ -340,7 +346,10 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         tokens_BS = tf.where(new_S, given_BS, tokens_BS)
         attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < present.length)
         history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=present.length)
-        hidden_BE = outputs.last_hidden_state[:, -1]
+        reach = selection.reach
+        hidden_BE = tf.reshape(outputs.last_hidden_state[:, -reach:], (-1, outputs.last_hidden_state.shape[2]))
+        if reach > 1:
+            history = history.each(reach)
         found = {}
         if selection.name == "contrast":
             assert states_BS1E is not None

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt
 from opt_common.generation import check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -89,7 +90,7 @@ def generate(
         **settings,
     )
     check_streamer(streamer, options)
-    with evaluating(model):
+    with evaluating(model, options):
         decoder = Decoder(model, prompt)
         generated = run(decoder, prompt, options, streamer)
     return results(decoder, input_ids, generated, options)
@@ -112,7 +113,7 @@ def stream(model: "OPTForCausalLM", text: str, tokenizer: OPTTokenizer, **option
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
     check_streamer(tokenizer, settings)
     steps = token_steps(Decoder(model, prompt), prompt, settings)
-    return text_pieces(steps, lambda: evaluating(model), new_text(tokenizer, prompt.input_ids[0], settings))
+    return text_pieces(steps, lambda: evaluating(model, settings), new_text(tokenizer, prompt.input_ids[0], settings))
 
 
 def generate_text(
@@ -137,7 +138,7 @@ def generate_text(
     texts = [text] if isinstance(text, str) else list(text)
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
-    with evaluating(model):
+    with evaluating(model, settings):
         generated = run(Decoder(model, prompt), prompt, settings)
     found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
     return found[0] if isinstance(text, str) and len(found) == 1 else found
@@ -160,6 +161,7 @@ def prepare(
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -176,15 +178,18 @@ def prepare(
 
 
 @contextlib.contextmanager
-def evaluating(model: "OPTForCausalLM") -> Iterator[None]:
-    """Where nothing is dropped out; the model's mode is restored afterwards, whatever happens."""
-    training = model.training
-    model.eval()
+def evaluating(model: "OPTForCausalLM", options: GenerationConfig) -> Iterator[None]:
+    """Where nothing is dropped out; the mode of the model and its assistant is restored afterwards, come what may."""
+    models = [each for each in (model, options.assistant_model) if each is not None]
+    modes = [(each, each.training) for each in models]
+    for each in models:
+        each.eval()
     try:
         with torch.no_grad():  # not inference_mode: what comes out of that can go into no call that tracks gradients
             yield
     finally:
-        model.train(training)
+        for each, training in modes:
+            each.train(training)
 
 
 def to_host(array: Tensor | None) -> np.ndarray | None:
@@ -221,16 +226,16 @@ class Decoder:
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
         self.guidance_scale = None if prompt.guidance is None else self.on_device(np.array(prompt.guidance.scale))
 
-    def on_device(self, array: np.ndarray) -> Tensor:
+    def on_device(self, array: np.ndarray | Tensor) -> Tensor:
         """An array as the processors take it."""
-        return torch.from_numpy(array).to(self.device)
+        return torch.as_tensor(array).to(self.device)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
         B, T = input_ids_BT.shape
         past = self.prompt.past
         start = self.prompt.past_length
-        capacity = T + self.prompt.new_tokens
+        capacity = T + self.prompt.most_tokens
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype, device=self.device)
         else:
@@ -277,6 +282,10 @@ class Decoder:
         # Nobody else holds these buffers, so their slots may be written again.
         self.cache = dataclasses.replace(self.cache.cropped(length), written=[length])
 
+    def other(self, model: "OPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
+
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         ids_device_BT = self.on_device(ids_BT)
@@ -299,7 +308,10 @@ class Decoder:
         slots_S = torch.arange(self.cache.capacity, device=self.device)
         attended_BS = (self.mask_BS > 0) & (slots_S >= self.text_start) & (slots_S < length)
         history = History(tokens_BS=self.tokens_BS, attended_BS=attended_BS, length=length)
-        hidden_BE = outputs.last_hidden_state[:, -1]
+        reach = choice.selection.reach
+        hidden_BE = outputs.last_hidden_state[:, -reach:].flatten(0, 1)
+        if reach > 1:
+            history = history.each(reach)
         choice_arguments = tuple(map(self.on_device, choice.arguments))
         found = {}
         if choice.selection.name == "contrast":
@@ -330,4 +342,4 @@ class Decoder:
             guidance_scale=self.guidance_scale,
         )
         found |= select(step, choice.selection, choice_arguments)
-        return {name: array.cpu().numpy() for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else array.cpu().numpy() for name, array in found.items()}

@@ -29,6 +29,7 @@ FILES = (
     "contrastive.py",
     "dola.py",
     "guidance.py",
+    "assisted.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -260,6 +261,7 @@ SANCTIONED = {
     "contrastive.py": {},
     "dola.py": {},
     "guidance.py": {},
+    "assisted.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
