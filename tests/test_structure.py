@@ -28,6 +28,7 @@ FILES = (
     "selection.py",
     "contrastive.py",
     "dola.py",
+    "guidance.py",
     "assisted.py",
     "generation.py",
     "checkpoint.py",
@@ -265,6 +266,7 @@ SANCTIONED = {
     },
     "contrastive.py": {},
     "dola.py": {},
+    "guidance.py": {},
     "assisted.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
