@@ -13,7 +13,7 @@ class FineTuning(TextTask):
 
     name = "fine_tuning"
     about = "Fine-tuning on a text file"
-    defaults: ClassVar = {"steps": 200, "length": 128}
+    defaults: ClassVar = {"steps": 150}
 
     def write(self, path: Path, rows: int, seed: int) -> None:
         """The log of a lighthouse."""

@@ -28,7 +28,7 @@ class LanguageModel(TextTask):
     name = "language_model"
     about = "A language model from scratch"
     kind = ModelOptions
-    defaults: ClassVar = {"length": 128, "learning_rate": 3e-3, "weight_decay": 0.1, "steps": 600, "rows": 8000}
+    defaults: ClassVar = {"length": 128, "learning_rate": 3e-3, "weight_decay": 0.1, "steps": 400, "rows": 4000}
 
     def write(self, path: Path, rows: int, seed: int) -> None:
         """Stories of the grammar that the bundled model knows."""

@@ -27,7 +27,7 @@ class Lora(TextTask):
     name = "lora"
     about = "Fine-tuning of a LoRA adapter"
     kind = LoraOptions
-    defaults: ClassVar = {"steps": 300, "length": 128, "learning_rate": 1e-2}
+    defaults: ClassVar = {"steps": 200, "learning_rate": 1e-2}
 
     def write(self, path: Path, rows: int, seed: int) -> None:
         """Recipes."""

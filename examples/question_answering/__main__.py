@@ -21,7 +21,7 @@ class QuestionAnswering(Task):
 
     name = "question_answering"
     about = "Extractive question answering"
-    defaults: ClassVar = {"length": 64, "steps": 1000, "rows": 8000}
+    defaults: ClassVar = {"batch_size": 32, "steps": 1200, "learning_rate": 1.5e-3, "rows": 8000}
     metric = "exact spans"
     choices = ("start_logits", "end_logits")
 

@@ -17,7 +17,7 @@ class TextClassification(Task):
 
     name = "text_classification"
     about = "Text classification"
-    defaults: ClassVar = {"length": 48, "steps": 300, "batch_size": 32}
+    defaults: ClassVar = {"length": 40, "steps": 200, "batch_size": 32}
     metric = "accuracy"
     choices = ("logits",)
 
