@@ -211,7 +211,7 @@ def test_an_adapter_goes_on_too(framework: str, unbroken: Run, tmp_path: Path, m
 
 def test_a_run_with_other_options_is_not_gone_on_with(unbroken: Run):
     output = unbroken("fine_tuning", BACKENDS[0])["output"]
-    with pytest.raises(SystemExit, match=r"other options: learning_rate was 0\.001 and is 0\.5\. Name another"):
+    with pytest.raises(SystemExit, match=r"other options: learning_rate was 0\.0005 and is 0\.5\. Name another"):
         main(task_of("fine_tuning"), arguments("fine_tuning", BACKENDS[0], output, "--learning-rate", "0.5"))
 
 

@@ -33,7 +33,7 @@ def plot(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(steps, smooth(losses), color=colour, linestyle=dashes, linewidth=1.8, label=label)
     axes.axhline(results[0]["constant_loss"], color="#777777", linewidth=1, linestyle="-.")
     axes.annotate(
-        f"constant predictor ({results[0]['constant_score']:.3f})",
+        f"constant predictor: {results[0]['metric']} {results[0]['constant_score']:.3f}",
         (1, results[0]["constant_loss"]),
         xycoords=("axes fraction", "data"),
         xytext=(-4, 3),
