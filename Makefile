@@ -46,6 +46,7 @@ contracts: $(ready)  ## who may import whom
 
 docs: $(ready)  ## build site/, warnings are errors
 	$(bin)/python docs/make_parameters.py --check
+	$(bin)/python docs/make_performance.py --check
 	$(bin)/mkdocs build --strict --quiet
 
 unit: $(ready)  ## pytest
@@ -55,6 +56,7 @@ format: $(ready)  ## mend what can be mended by machine
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 	$(bin)/python docs/make_parameters.py
+	$(bin)/python docs/make_performance.py
 
 kills: $(ready)  ## conversions killed, out of disk, source changed: 200 of each (some minutes)
 	$(one_thread) $(bin)/python -W error -m tests.kill_runs --kills 200 --full 200 --changes 200

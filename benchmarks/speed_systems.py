@@ -3,14 +3,15 @@
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output: the driver takes turns
 between the processes, so that a slow minute of the machine is everybody's.
 
-A system is named FRAMEWORK[:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are "hf_torch",
-"hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
+A system is named FRAMEWORK[@FORMAT][:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are
+"hf_torch", "hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
 """
 
 import functools
 import importlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,7 +156,7 @@ class HfFlax:
             self.params, self.state = self.model.params, optimizer.init(self.model.params)
 
             def loss_of(params: Any, ids: Any, key: Any) -> Any:
-                logits = self.model(ids, params=params, dropout_rng=key, train=True).logits[:, :-1]
+                logits = self.model(ids, params=params, dropout_rng=key, deterministic=False).logits[:, :-1]
                 return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), ids[:, 1:]).mean()
 
             def step(params: Any, state: Any, ids: Any, key: Any) -> Any:
@@ -291,6 +292,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     kind, *options = name.split(":")
+    kind = kind.partition("@")[0]
     system: Any = None
 
     def load() -> None:
@@ -307,6 +309,7 @@ def main() -> None:
             reply = answer(system, json.loads(line))
         except (NotImplementedError, AttributeError) as error:
             reply = {"error": str(error)}
+        reply["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(reply), file=answers)
 
 

@@ -119,7 +119,11 @@ def run(program: "Program", arguments: argparse.Namespace) -> None:
             errors = tuple(layer_errors(moved, states, whole[0].attention_mask))
             found.append(Figures(weights=scheme, perplexity=value, change=value / expected - 1, layer_errors=errors))
             del model
-    print(_table(found, sum(batch.scored for batch in whole)))
+    print(_table(found))
+    print(
+        f"\nPerplexity per token: {sum(batch.scored for batch in whole)} tokens, in {len(cut)} windows of at most "
+        f"{max(map(len, cut))} with nothing read across; a window's first token (a text's </s>) is not scored."
+    )
     if arguments.json:
         document = {
             "framework": program.framework,
@@ -162,7 +166,7 @@ def _evaluate(
     return perplexity(losses, [batch.scored for batch in whole]), states
 
 
-def _table(found: Sequence[Figures], tokens: int) -> str:
+def _table(found: Sequence[Figures]) -> str:
     """Markdown: the perplexities, then the layers."""
     lines = ["| weights | perplexity | change |", "| --- | ---: | ---: |"]
     for one in found:
@@ -173,5 +177,4 @@ def _table(found: Sequence[Figures], tokens: int) -> str:
         lines.append(f"| --- |{' ---: |' * (len(found) - 1)}")
         for layer, errors in enumerate(zip(*(one.layer_errors for one in found[1:]), strict=True)):
             lines.append(f"| {layer or 'embeddings'} |{''.join(f' {error:.2g} |' for error in errors)}")
-    lines.append(f"\n{tokens} tokens have a probability.")
     return "\n".join(lines)

@@ -30,6 +30,7 @@ examples:
   {name} generate "Hello, my dog is" --model facebook/opt-125m --json
   {name} generate "One day" --sample --seed 7 --top-p 0.9 --num-return-sequences 3
   {name} generate "One day" --num-beams 4 --stop-strings "."
+  {name} generate "One day" --model facebook/opt-1.3b --assistant-model facebook/opt-125m
   {name} generate --input prompts.jsonl --batch-size 32 --json --repetition-penalty 1.2
   {name} generate --interactive --sample
   {name} generate "One day" --bad-words-ids '[[5, 17], [9]]'
@@ -62,6 +63,9 @@ def add_options(generate: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help=f"prompts that are continued at once (default {DEFAULT_BATCH_SIZE})",
+    )
+    generate.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what --guidance-scale leads away from (default: the last token)"
     )
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a text, in a line each")
@@ -119,6 +123,7 @@ def _kind(annotation: Any) -> dict[str, Any]:
         int | None: {"type": int, "metavar": "N"},
         float | None: {"type": float, "metavar": "X"},
         tuple[str, ...]: {"action": "append", "metavar": "TEXT"},
+        Any: {"metavar": "PATH_OR_ID"},
     }
     return kinds.get(annotation, {"type": _json_or_text, "metavar": "JSON"})
 
@@ -184,11 +189,16 @@ def run(program: "Program", arguments: argparse.Namespace) -> None:
     source = source_of(arguments)
     settings = _settings(arguments)
     prompts = arguments.prompts if arguments.interactive else _prompts(arguments)
+    if "assistant_model" in settings:
+        # The revision is that of the model's own repository.
+        options = {"dtype": arguments.dtype, **source, "revision": None}
+        settings["assistant_model"] = program.load(settings["assistant_model"], **options)
     writer = Writer(
         model=program.load(arguments.model, dtype=arguments.dtype, **source),
         tokenizer=OPTTokenizer.from_pretrained(arguments.model, padding_side="left", **source),
         tensors=program.tensors,
         settings=settings,
+        negative_prompt=arguments.negative_prompt,
     )
     if arguments.interactive:
         writer.converse(prompts)
@@ -201,6 +211,8 @@ def run(program: "Program", arguments: argparse.Namespace) -> None:
             writer.stream(prompt)
         return
     size = arguments.batch_size or min(DEFAULT_BATCH_SIZE, len(prompts))
+    if writer.options().guesses and arguments.batch_size is None:
+        size = 1
     form = _json_line if arguments.json else _text
     for batch in _with_progress([prompts[at : at + size] for at in range(0, len(prompts), size)], arguments.quiet):
         for line in writer.texts(batch, rows=size):

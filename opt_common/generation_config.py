@@ -15,6 +15,7 @@ from opt_common.errors import GenerationError, join_problems
 from opt_common.json_file import UnreadableError, read_json
 from opt_common.native_files import home_of
 from opt_common.strategies import (
+    ASSISTED_STRATEGIES,
     BEAM_STRATEGIES,
     TOKEN_BY_TOKEN,
     conflicting_settings,
@@ -25,6 +26,12 @@ from opt_common.watermark import WatermarkingConfig
 
 DEFAULT_TOP_K = 50
 """How many tokens sampling chooses from, when nothing is said: Hugging Face's default."""
+
+DEFAULT_ASSISTANT_TOKENS = 5
+"""How many tokens an assistant guesses, when nothing is said; Hugging Face has 20, but stops at an unsure one."""
+
+DEFAULT_NGRAM_SIZE = 2
+"""How many last tokens prompt lookup looks for, when nothing is said: Hugging Face's default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,17 @@ class GenerationConfig:
             to the text before counts against its probability; 0 and None search otherwise.
         dola_layers: (DoLa, see `opt_common.dola`) which layers the last one is contrasted with: "low", "high" or their
             numbers from 0, the embeddings, on; None contrasts nothing.
+        guidance_scale: (see `opt_common.guidance`) how much counts what the prompt makes likelier than the negative
+            prompt, or its own last token, would; None and 1 take scores as they are.
+
+    Guesses, see `opt_common.assisted`; they change how soon a text is there, and one prompt is continued at a time:
+
+        assistant_model: a smaller language model of the same class and vocabulary, which guesses tokens. It is in no
+            file.
+        num_assistant_tokens: (assistant_model) how many it guesses for each step; None means 5.
+        prompt_lookup_num_tokens: how many tokens are guessed for each step by looking where the text went on like this
+            before; 0 guesses none.
+        max_matching_ngram_size: (prompt lookup) how many of the last tokens are looked for at most; None means 2.
 
     Beams, see `opt_common.beams`:
 
@@ -130,6 +148,11 @@ class GenerationConfig:
     eta_cutoff: float = 0.0
     penalty_alpha: float | None = None
     dola_layers: str | tuple[int, ...] | None = None
+    guidance_scale: float | None = None
+    assistant_model: Any = dataclasses.field(default=None, compare=False, repr=False)
+    num_assistant_tokens: int | None = None
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int | None = None
     num_beams: int = 1
     early_stopping: bool | str = False
     length_penalty: float = 1.0
@@ -181,6 +204,15 @@ class GenerationConfig:
         return strategy_of(self)
 
     @property
+    def guesses(self) -> int:
+        """How many tokens are guessed for each step."""
+        if self.strategy not in ASSISTED_STRATEGIES:
+            return 0
+        if self.assistant_model is None:
+            return self.prompt_lookup_num_tokens
+        return self.num_assistant_tokens or DEFAULT_ASSISTANT_TOKENS
+
+    @property
     def all_constraints(self) -> tuple[Constraint, ...]:
         """What the new tokens must contain, however it was said."""
         return (*self.constraints, *map(DisjunctiveConstraint, self.force_words_ids))
@@ -189,6 +221,11 @@ class GenerationConfig:
     def streams(self) -> bool:
         """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
         return self.strategy in TOKEN_BY_TOKEN
+
+    @property
+    def guided(self) -> bool:
+        """Whether scores are compared with those after other prompts."""
+        return self.guidance_scale not in {None, 1}
 
     @property
     def copies(self) -> int:
@@ -223,14 +260,14 @@ class GenerationConfig:
         if not isinstance(values, dict):
             raise GenerationError(f"{path}: expected a JSON object, got {type(values).__name__}. Fetch it again.")
         extra = cast(dict[str, Any], values)
-        fields = {name: extra.pop(name) for name in _FIELDS & extra.keys()}
+        fields = {name: extra.pop(name) for name in _IN_FILES & extra.keys()}
         # Hugging Face writes null where it means the default.
         fields = {name: value for name, value in fields.items() if value is not None or name in _OPTIONAL}
         return dataclasses.replace(defaults, **fields, extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a `generation_config.json`: what differs from the defaults."""
-        values = {name: getattr(self, name) for name in _FIELDS}
+        values = {name: getattr(self, name) for name in _IN_FILES}
         values = {name: value for name, value in values.items() if value != getattr(_DEFAULTS, name)}
         for name in ("eos_token_id", "forced_eos_token_id"):
             if name in values:
@@ -374,6 +411,7 @@ _ONE_ID = _Rule("an id or None", _id)
 _POSITIVE = _Rule("a positive integer", _count(1))
 _PROBABILITY = _Rule("a number from 0 to 1", _number(0, 1))
 _FACTOR = _Rule("a number above 0", _number(0, math.inf, open_below=True))
+_NUMBER = _Rule("a number", _number(-math.inf, math.inf))
 _FLAG = _Rule("True or False", _flag)
 _ID_LIST = _Rule("an id, a list of ids or None", _ids)
 
@@ -399,9 +437,13 @@ _RULES = {
     "eta_cutoff": _PROBABILITY,
     "penalty_alpha": _PROBABILITY,
     "dola_layers": _Rule('"low", "high" or a list of numbers of layers from 0 on', _layers),
+    "guidance_scale": _NUMBER,
+    "num_assistant_tokens": _POSITIVE,
+    "prompt_lookup_num_tokens": _COUNT,
+    "max_matching_ngram_size": _POSITIVE,
     "num_beams": _POSITIVE,
     "early_stopping": _Rule('True, False or "never"', _stopping),
-    "length_penalty": _Rule("a number", _number(-math.inf, math.inf)),
+    "length_penalty": _NUMBER,
     "num_beam_groups": _POSITIVE,
     "diversity_penalty": _Rule("a number from 0 on", _number(0, math.inf)),
     "force_words_ids": _Rule("a list of phrases (lists of ids) and lists of phrases, none of them empty", _words),
@@ -424,5 +466,6 @@ _RULES = {
 }
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(GenerationConfig)) - {"extra"}
+_IN_FILES = _FIELDS - {"assistant_model"}
 _DEFAULTS = GenerationConfig()
 _OPTIONAL = frozenset({"eos_token_id"} | {name for name in _FIELDS if getattr(_DEFAULTS, name) is None})

@@ -11,6 +11,8 @@ STRATEGIES = {
     "greedy_search": "the likeliest token is taken",
     "sample": "each token is drawn by its probability",
     "contrastive_search": "the likeliest tokens are tried, and one that repeats little of the text is taken",
+    "assisted_generation": "the likeliest token is taken, and several are guessed ahead",
+    "assisted_sample": "each token is drawn by its probability, and several are guessed ahead",
     "dola_generation": "the token whose likelihood grew most over the layers is taken",
     "dola_sample": "each token is drawn by how much its likelihood grew over the layers",
     "beam_search": "the likeliest text of several beams is taken",
@@ -26,14 +28,21 @@ BEAM_STRATEGIES = frozenset(name for name in STRATEGIES if "beam" in name)
 DOLA_STRATEGIES = frozenset({"dola_generation", "dola_sample"})
 """Strategies that contrast layers; Hugging Face has one name for both."""
 
-SAMPLING_STRATEGIES = frozenset({"sample", "dola_sample", "beam_sample"})
+ASSISTED_STRATEGIES = frozenset({"assisted_generation", "assisted_sample"})
+"""Strategies that check guesses; Hugging Face has one name for both."""
+
+SAMPLING_STRATEGIES = frozenset({"sample", "assisted_sample", "dola_sample", "beam_sample"})
 """Strategies that draw."""
 
-TOKEN_BY_TOKEN = ("greedy_search", "sample", "dola_generation", "dola_sample", "contrastive_search")
+KEEPS_CACHE = ("greedy_search", "sample", *sorted(ASSISTED_STRATEGIES | DOLA_STRATEGIES))
+"""Strategies whose last step has read the very rows that come back."""
+
+TOKEN_BY_TOKEN = (*KEEPS_CACHE, "contrastive_search")
 """Strategies that append tokens and take none back, so that a text can be shown as it grows."""
 
-KEEPS_CACHE = ("greedy_search", "sample", "dola_generation", "dola_sample")
-"""Strategies whose last step has read the very rows that come back."""
+
+UNGUIDED = ASSISTED_STRATEGIES | DOLA_STRATEGIES | {"contrastive_search"}
+"""Strategies that compare predictions of their own, and have no place for those of another prompt."""
 
 
 def strategy_of(settings: "GenerationConfig") -> str:
@@ -41,14 +50,20 @@ def strategy_of(settings: "GenerationConfig") -> str:
     if settings.constraints or settings.force_words_ids:
         return "constrained_beam_search"
     if settings.num_beams == 1:
-        if settings.penalty_alpha and not settings.do_sample:
-            return "contrastive_search"
-        if settings.dola_layers is not None:
-            return "dola_sample" if settings.do_sample else "dola_generation"
-        return "sample" if settings.do_sample else "greedy_search"
+        return _without_beams(settings)
     if settings.num_beam_groups > 1:
         return "group_beam_search"
     return "beam_sample" if settings.do_sample else "beam_search"
+
+
+def _without_beams(settings: "GenerationConfig") -> str:
+    if settings.penalty_alpha and not settings.do_sample:
+        return "contrastive_search"
+    if settings.assistant_model is not None or settings.prompt_lookup_num_tokens:
+        return "assisted_sample" if settings.do_sample else "assisted_generation"
+    if settings.dola_layers is not None:
+        return "dola_sample" if settings.do_sample else "dola_generation"
+    return "sample" if settings.do_sample else "greedy_search"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +82,12 @@ _USES = (
         "do_sample=True",
     ),
     _Use(("top_k",), SAMPLING_STRATEGIES | {"contrastive_search"}, "do_sample=True or penalty_alpha"),
-    _Use(("dola_layers",), DOLA_STRATEGIES, "neither num_beams nor penalty_alpha"),
+    _Use(
+        ("assistant_model", "num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
+        ASSISTED_STRATEGIES,
+        "assistant_model or prompt_lookup_num_tokens, with neither num_beams nor penalty_alpha",
+    ),
+    _Use(("dola_layers",), DOLA_STRATEGIES, "none of num_beams, penalty_alpha, assistant_model and prompt lookup"),
     _Use(("penalty_alpha",), {"contrastive_search"}, "a penalty_alpha above 0, with neither do_sample nor num_beams"),
     _Use(("do_sample",), SAMPLING_STRATEGIES, "num_beam_groups=1 and no constraints"),
     _Use(("num_return_sequences",), SAMPLING_STRATEGIES | BEAM_STRATEGIES, "do_sample=True or num_beams"),
@@ -76,7 +96,10 @@ _USES = (
 )
 """Every setting that not all strategies read."""
 
-_MODEST = frozenset({"do_sample", "num_return_sequences"})
+_COMPANIONS = {"num_assistant_tokens": "assistant_model", "max_matching_ngram_size": "prompt_lookup_num_tokens"}
+"""Settings of one of two ways to guess, and what asks for it."""
+
+_MODEST = frozenset({"do_sample", "num_return_sequences", "prompt_lookup_num_tokens"})
 """Settings whose default asks for nothing, so that giving it is no mistake with any strategy."""
 
 
@@ -100,6 +123,12 @@ def useless_settings(given: Mapping[str, Any], settings: "GenerationConfig") -> 
                 f"{', '.join(names)} would change nothing: the strategy is {strategy}, in which "
                 f"{STRATEGIES[strategy]}. Pass {use.remedy}, or leave {'it' if len(names) == 1 else 'them'} out."
             )
+    if strategy in ASSISTED_STRATEGIES:
+        problems += [
+            f"{name} would change nothing without {needed}. Pass it too, or leave {name} out."
+            for name, needed in _COMPANIONS.items()
+            if name in given and not getattr(settings, needed)
+        ]
     if not settings.return_dict_in_generate and (
         asked := [name for name in ("output_scores", "output_logits") if given.get(name)]
     ):
@@ -121,6 +150,18 @@ def conflicting_settings(settings: "GenerationConfig") -> list[str]:
         problems.append("num_beam_groups needs a diversity_penalty above 0: without it all groups are the same.")
     if settings.strategy == "contrastive_search" and settings.top_k in {0, 1}:
         problems.append(f"top_k is {settings.top_k}, but penalty_alpha chooses among top_k candidates: pass 2 or more.")
+    if settings.guided and settings.strategy in UNGUIDED:
+        problems.append(
+            f"guidance_scale can't be had with {settings.strategy}: leave guidance_scale or what asks for that "
+            "strategy out."
+        )
+    if settings.assistant_model is not None and settings.prompt_lookup_num_tokens:
+        problems.append("assistant_model and prompt_lookup_num_tokens both guess tokens. Leave one of them out.")
+    if settings.strategy in ASSISTED_STRATEGIES and settings.num_return_sequences > 1:
+        problems.append(
+            f"num_return_sequences is {settings.num_return_sequences}, but assisted generation continues one row. "
+            "Call it once for each continuation, each with its own seed."
+        )
     if settings.constraints or settings.force_words_ids:
         if beams == 1:
             problems.append("force_words_ids and constraints need beams to choose from. Pass num_beams of 2 or more.")

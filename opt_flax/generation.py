@@ -11,7 +11,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt, Selection
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -38,6 +39,8 @@ def generate(
     *,
     inputs_embeds: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -55,6 +58,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -79,12 +85,14 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
     )
     check_streamer(streamer, options)
-    with evaluating(model):
+    with evaluating(model, options):
         decoder = Decoder(model, prompt)
         generated = run(decoder, prompt, options, streamer)
     return results(decoder, input_ids, generated, options)
@@ -107,7 +115,7 @@ def stream(model: "FlaxOPTForCausalLM", text: str, tokenizer: OPTTokenizer, **op
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
     check_streamer(tokenizer, settings)
     steps = token_steps(Decoder(model, prompt), prompt, settings)
-    return text_pieces(steps, lambda: evaluating(model), new_text(tokenizer, prompt.input_ids[0], settings))
+    return text_pieces(steps, lambda: evaluating(model, settings), new_text(tokenizer, prompt.input_ids[0], settings))
 
 
 def generate_text(
@@ -132,7 +140,7 @@ def generate_text(
     texts = [text] if isinstance(text, str) else list(text)
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="jax")
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
-    with evaluating(model):
+    with evaluating(model, settings):
         generated = run(Decoder(model, prompt), prompt, settings)
     found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
     return found[0] if isinstance(text, str) and len(found) == 1 else found
@@ -147,12 +155,15 @@ def prepare(
     *,
     inputs_embeds: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -161,21 +172,26 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, jnp.asarray),
     )
     return options, prompt
 
 
 @contextlib.contextmanager
-def evaluating(model: "FlaxOPTForCausalLM") -> Iterator[None]:
-    """Where nothing is dropped out; the model's mode is restored afterwards, whatever happens."""
-    training = model.training
-    model.eval()
+def evaluating(model: "FlaxOPTForCausalLM", options: GenerationConfig) -> Iterator[None]:
+    """Where nothing is dropped out; the mode of the model and its assistant is restored afterwards, come what may."""
+    models = [each for each in (model, options.assistant_model) if each is not None]
+    modes = [(each, each.training) for each in models]
+    for each in models:
+        each.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for each, training in modes:
+            if training:
+                each.train()
 
 
 def to_host(array: ArrayLike | None) -> np.ndarray | None:
@@ -206,6 +222,7 @@ class Decoder:
         self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = [tuple(map(jnp.asarray, processor.arguments)) for processor in prompt.processors]
+        self.guidance_scale = None if prompt.guidance is None else jnp.asarray(prompt.guidance.scale)
         graphdef, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
         structure = Structure(graphdef, tree)
@@ -219,7 +236,7 @@ class Decoder:
         start = self.prompt.past_length
         self.padding = bucket(T - start) - (T - start)
         first = start + self.padding
-        capacity = bucket(start + bucket(T - start) + self.prompt.new_tokens)
+        capacity = bucket(start + bucket(T - start) + self.prompt.most_tokens)
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype)
         else:
@@ -242,9 +259,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
-        length = int(self.cache.length) - self.padding
-        return self.cache if slots_BS is None else self.cache.gathered(jnp.asarray(slots_BS), length)
+        cache, margin = self.cache, self.padding + self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = int(cache.length) - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(jnp.arange(len(self.prompt.order)))
+        return cache if slots_BS is None else cache.gathered(jnp.asarray(slots_BS), length)
 
     def room_for_states(self) -> Array:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -258,6 +278,10 @@ class Decoder:
     def forget(self, count: int) -> None:
         """Drop the last `count` tokens of every row, as if they had not been read."""
         self.cache = self.cache.cropped(self.cache.length - count)
+
+    def other(self, model: "FlaxOPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
 
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
@@ -278,10 +302,11 @@ class Decoder:
             rows_B,
             self.text_start,
             self.arguments,
+            self.guidance_scale,
             choice.gates_P,
             choice.arguments,
         )
-        return {name: np.asarray(array) for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else np.asarray(array) for name, array in found.items()}
 
 
 class Structure:
@@ -324,6 +349,7 @@ def _one_step(
     rows_B: Array | None,
     text_start: Array,
     arguments: list[tuple[Array, ...]],
+    guidance_scale: Array | None,
     gates_P: Array,
     choice_arguments: tuple[Array, ...],
 ) -> tuple[dict[str, Array], KVCache, Array, Array, Array | None]:
@@ -347,7 +373,10 @@ def _one_step(
     slots_S = jnp.arange(mask_BS.shape[1])
     attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < length)
     history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=length)
-    hidden_BE = outputs.last_hidden_state[:, -1]
+    reach = selection.reach
+    hidden_BE = jax.lax.collapse(outputs.last_hidden_state[:, -reach:], 0, 2)
+    if reach > 1:
+        history = history.each(reach)
     found = {}
     if selection.name == "contrast":
         assert states_BS1E is not None
@@ -356,14 +385,21 @@ def _one_step(
         kept_B = rows_of(found["places"], selection.size)
         hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
     logits_BV = model.logits(hidden_BE)
+    logits_BV = logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32))
+    unconditional_BV = None
+    if guidance_scale is not None:
+        logits_BV, unconditional_BV = jnp.split(logits_BV, 2)
+        history = history.of(np.arange(len(logits_BV)))
     early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
     step = Step(
-        logits_BV=logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32)),
+        logits_BV=logits_BV,
         history=history,
         program=program,
         arguments=arguments,
         gates_P=gates_P,
         early_BCV=early_BCV,
+        unconditional_BV=unconditional_BV,
+        guidance_scale=guidance_scale,
     )
     found |= select(step, selection, choice_arguments)
     return found, outputs.past_key_values, tokens_BS, mask_BS, states_BS1E

@@ -24,6 +24,17 @@ class History:
         """The texts of some rows."""
         return dataclasses.replace(self, tokens_BS=self.tokens_BS[rows_B], attended_BS=self.attended_BS[rows_B])
 
+    def each(self, count: int) -> "History":
+        """The texts up to each of the last `count` tokens, `count` rows for one, moved so that all end at `length`."""
+        slots_S = jnp.arange(self.tokens_BS.shape[1])
+        slots_CS = slots_S - (count - 1 - jnp.arange(count))[:, None]
+        there_CS = (slots_CS >= 0) & (slots_S < self.length)
+        return dataclasses.replace(
+            self,
+            tokens_BS=jax.lax.collapse(self.tokens_BS[:, slots_CS.clip(0)], 0, 2),
+            attended_BS=jax.lax.collapse(self.attended_BS[:, slots_CS.clip(0)] & there_CS, 0, 2),
+        )
+
     def last(self, count: int) -> Array:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""
         positions = self.length - count + jnp.arange(count)

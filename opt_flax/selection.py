@@ -10,8 +10,10 @@ from jax import Array
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
+from opt_flax.assisted import checked
 from opt_flax.dola import contrasted
-from opt_flax.processors import History, choose, log_softmax, process, sample
+from opt_flax.guidance import guided
+from opt_flax.processors import History, choose, log_softmax, process, sample, softmax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,6 +27,8 @@ class Step:
         arguments: of each processor.
         gates_P: of each processor, in this step.
         early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
+        unconditional_BV: what the model gave after the texts that guide, or None.
+        guidance_scale: how much the difference to those counts, or None.
     """
 
     logits_BV: Array
@@ -33,6 +37,8 @@ class Step:
     arguments: Sequence[tuple[Array, ...]]
     gates_P: Array
     early_BCV: Array | None = None
+    unconditional_BV: Array | None = None
+    guidance_scale: Array | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Array) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -40,13 +46,22 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = unconditional_BV[rows_B]
         return dataclasses.replace(
-            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
+            self,
+            logits_BV=self.logits_BV[rows_B],
+            history=self.history.of(rows_B),
+            arguments=arguments,
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> Array:
         """Scores after every processor."""
         scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        if self.unconditional_BV is not None and self.guidance_scale is not None:
+            scores_BV = guided(scores_BV, self.unconditional_BV, self.guidance_scale)
         return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 
@@ -58,7 +73,27 @@ def select(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict
 def token(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
     """The next token of each row: "tokens", (B,); -1 where every token is ruled out."""
     scores_BV = step.processed()
-    tokens_B = choose(scores_BV, arguments[0] if arguments else None)
+    return described(step, selection, scores_BV, choose(scores_BV, arguments[0] if arguments else None))
+
+
+def draft(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """A token drawn for each row, and the "shares" of all tokens, (B, V), which it was drawn by."""
+    del selection
+    scores_BV = step.processed()
+    return {"tokens": choose(scores_BV, arguments[0]), "shares": softmax(scores_BV)}
+
+
+def check_drafts(step: Step, selection: Selection, arguments: Sequence[Array]) -> dict[str, Array]:
+    """As `token`, but guesses that were drawn by some shares are kept or replaced; see `opt_common.assisted`."""
+    guessed_B, uniforms_B, chances_B, *shares = arguments
+    scores_BV = step.processed()
+    shares_BV = jnp.concatenate(shares)
+    tokens_B = checked(scores_BV, shares_BV, guessed_B, uniforms_B, chances_B)
+    return described(step, selection, scores_BV, tokens_B)
+
+
+def described(step: Step, selection: Selection, scores_BV: Array, tokens_B: Array) -> dict[str, Array]:
+    """Some tokens and what is asked for beside them."""
     found = {"tokens": tokens_B, **whole(step, selection, scores_BV)}
     if "logprobs" in selection.details:
         places_B1 = tokens_B.clip(0)[:, None]
@@ -139,6 +174,9 @@ def whole(step: Step, selection: Selection, scores_BV: Array) -> dict[str, Array
 
 SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Array]], dict[str, Array]]] = {
     "token": token,
+    "tokens": token,
+    "draft": draft,
+    "checked": check_drafts,
     "beams": beams,
     "drawn_beams": drawn_beams,
     "asked_beams": asked_beams,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt, Selection
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -35,6 +36,8 @@ def generate(
     *,
     inputs_embeds: Any = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -52,6 +55,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -76,6 +82,8 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
@@ -142,12 +150,15 @@ def prepare(
     *,
     inputs_embeds: Any = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -156,6 +167,8 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, tf.convert_to_tensor),
     )
     return options, prompt
@@ -191,6 +204,7 @@ class Decoder:
         self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = tuple(tuple(map(tf.constant, processor.arguments)) for processor in prompt.processors)
+        self.guidance_scale = None if prompt.guidance is None else tf.constant(prompt.guidance.scale, tf.float64)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
@@ -199,7 +213,7 @@ class Decoder:
         start = self.prompt.past_length
         self.padding = bucket(T - start) - (T - start)
         first = start + self.padding
-        capacity = bucket(start + bucket(T - start) + self.prompt.new_tokens)
+        capacity = bucket(start + bucket(T - start) + self.prompt.most_tokens)
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.compute_dtype)
         else:
@@ -223,9 +237,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
-        length = int(self.cache.length) - self.padding
-        return self.cache if slots_BS is None else self.cache.gathered(tf.convert_to_tensor(slots_BS), length)
+        cache, margin = self.cache, self.padding + self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = int(cache.length) - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(tf.range(len(self.prompt.order)))
+        return cache if slots_BS is None else cache.gathered(tf.convert_to_tensor(slots_BS), length)
 
     def room_for_states(self) -> tf.Tensor:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -239,6 +256,10 @@ class Decoder:
     def forget(self, count: int) -> None:
         """Drop the last `count` tokens of every row, as if they had not been read."""
         self.cache = self.cache.cropped(self.cache.length - count)
+
+    def other(self, model: "TFOPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
 
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
@@ -259,11 +280,12 @@ class Decoder:
             rows_B,
             tf.constant(self.text_start, tf.int32),
             self.arguments,
+            self.guidance_scale,
             tf.constant(choice.gates_P),
-            tuple(map(tf.constant, choice.arguments)),
+            tuple(map(tf.convert_to_tensor, choice.arguments)),
         )
         self.cache = KVCache(keys, values, cache.length + ids_BT.shape[1])
-        return {name: array.numpy() for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else array.numpy() for name, array in found.items()}
 
 
 # Compiled steps of each model, by XLA and not, kept as long as the model is.
@@ -308,6 +330,7 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
         rows_B: tf.Tensor | None,
         text_start: tf.Tensor,
         arguments: tuple[tuple[tf.Tensor, ...], ...],
+        guidance_scale: tf.Tensor | None,
         gates_P: tf.Tensor,
         choice_arguments: tuple[tf.Tensor, ...],
     ) -> tuple[Any, ...]:
@@ -336,7 +359,10 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
         tokens_BS = tf.where(new_S, given_BS, tokens_BS)
         attended_BS = (mask_BS > 0) & (slots_S >= text_start) & (slots_S < present.length)
         history = History(tokens_BS=tokens_BS, attended_BS=attended_BS, length=present.length)
-        hidden_BE = outputs.last_hidden_state[:, -1]
+        reach = selection.reach
+        hidden_BE = tf.reshape(outputs.last_hidden_state[:, -reach:], (-1, outputs.last_hidden_state.shape[2]))
+        if reach > 1:
+            history = history.each(reach)
         found = {}
         if selection.name == "contrast":
             assert states_BS1E is not None
@@ -345,14 +371,21 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
             kept_B = rows_of(found["places"], selection.size)
             hidden_BE, history = tf.gather(hidden_BE, kept_B), history.of(kept_B)
         logits_BV = model.logits(hidden_BE)
+        logits_BV = tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32)
+        unconditional_BV = None
+        if guidance_scale is not None:
+            logits_BV, unconditional_BV = tf.split(logits_BV, 2)
+            history = history.of(tf.range(tf.shape(logits_BV)[0]))
         early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
         step = Step(
-            logits_BV=tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32),
+            logits_BV=logits_BV,
             history=history,
             program=program,
             arguments=arguments,
             gates_P=gates_P,
             early_BCV=early_BCV,
+            unconditional_BV=unconditional_BV,
+            guidance_scale=guidance_scale,
         )
         found |= select(step, selection, choice_arguments)
         return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E

@@ -24,6 +24,22 @@ class History:
             self, tokens_BS=tf.gather(self.tokens_BS, rows_B), attended_BS=tf.gather(self.attended_BS, rows_B)
         )
 
+    def each(self, count: int) -> "History":
+        """The texts up to each of the last `count` tokens, `count` rows for one, moved so that all end at `length`."""
+        slots_S = tf.range(vocab_size(self.tokens_BS))
+        slots_CS = slots_S - (count - 1 - tf.range(count))[:, None]
+        there_CS = (slots_CS >= 0) & (slots_S < self.length)
+        return dataclasses.replace(
+            self,
+            tokens_BS=tf.reshape(
+                tf.gather(self.tokens_BS, tf.maximum(slots_CS, 0), axis=1), (-1, vocab_size(self.tokens_BS))
+            ),
+            attended_BS=tf.reshape(
+                tf.gather(self.attended_BS, tf.maximum(slots_CS, 0), axis=1) & there_CS,
+                (-1, vocab_size(self.tokens_BS)),
+            ),
+        )
+
     def last(self, count: int) -> tf.Tensor:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""
         positions = self.length - count + tf.range(count)

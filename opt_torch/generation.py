@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opt_common.decoding import Arrays, Choice, Generated, Ids, Prompt
+from opt_common.assisted import check_assistant
+from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt
 from opt_common.generation import check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
 from opt_common.outputs import GenerateOutput
@@ -36,6 +37,8 @@ def generate(
     *,
     inputs_embeds: Tensor | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -53,6 +56,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -77,12 +83,14 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
     )
     check_streamer(streamer, options)
-    with evaluating(model):
+    with evaluating(model, options):
         decoder = Decoder(model, prompt)
         generated = run(decoder, prompt, options, streamer)
     return results(decoder, input_ids, generated, options)
@@ -105,7 +113,7 @@ def stream(model: "OPTForCausalLM", text: str, tokenizer: OPTTokenizer, **option
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
     check_streamer(tokenizer, settings)
     steps = token_steps(Decoder(model, prompt), prompt, settings)
-    return text_pieces(steps, lambda: evaluating(model), new_text(tokenizer, prompt.input_ids[0], settings))
+    return text_pieces(steps, lambda: evaluating(model, settings), new_text(tokenizer, prompt.input_ids[0], settings))
 
 
 def generate_text(
@@ -130,7 +138,7 @@ def generate_text(
     texts = [text] if isinstance(text, str) else list(text)
     inputs = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
     settings, prompt = prepare(model, **inputs, tokenizer=tokenizer, **options)
-    with evaluating(model):
+    with evaluating(model, settings):
         generated = run(Decoder(model, prompt), prompt, settings)
     found = new_texts(tokenizer, prompt.input_ids, generated.new_ids, settings)
     return found[0] if isinstance(text, str) and len(found) == 1 else found
@@ -145,12 +153,15 @@ def prepare(
     *,
     inputs_embeds: Tensor | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
 ) -> tuple[GenerationConfig, Prompt]:
     """The settings in force and the prompts; arguments are those of `generate`."""
     options = (generation_config or model.generation_config).updated(**settings)
+    check_assistant(model, options)
     prompt = read_prompt(
         model.config,
         options,
@@ -159,21 +170,26 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, torch.from_numpy),
     )
     return options, prompt
 
 
 @contextlib.contextmanager
-def evaluating(model: "OPTForCausalLM") -> Iterator[None]:
-    """Where nothing is dropped out; the model's mode is restored afterwards, whatever happens."""
-    training = model.training
-    model.eval()
+def evaluating(model: "OPTForCausalLM", options: GenerationConfig) -> Iterator[None]:
+    """Where nothing is dropped out; the mode of the model and its assistant is restored afterwards, come what may."""
+    models = [each for each in (model, options.assistant_model) if each is not None]
+    modes = [(each, each.training) for each in models]
+    for each in models:
+        each.eval()
     try:
         with torch.no_grad():  # not inference_mode: what comes out of that can go into no call that tracks gradients
             yield
     finally:
-        model.train(training)
+        for each, training in modes:
+            each.train(training)
 
 
 def to_host(array: Tensor | None) -> np.ndarray | None:
@@ -208,17 +224,18 @@ class Decoder:
         self.program = program(prompt.processors)
         self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
+        self.guidance_scale = None if prompt.guidance is None else self.on_device(np.array(prompt.guidance.scale))
 
-    def on_device(self, array: np.ndarray) -> Tensor:
+    def on_device(self, array: np.ndarray | Tensor) -> Tensor:
         """An array as the processors take it."""
-        return torch.from_numpy(array).to(self.device)
+        return torch.as_tensor(array).to(self.device)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
         B, T = input_ids_BT.shape
         past = self.prompt.past
         start = self.prompt.past_length
-        capacity = T + self.prompt.new_tokens
+        capacity = T + self.prompt.most_tokens
         if past is None:
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype, device=self.device)
         else:
@@ -238,9 +255,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, 0, self.cache.capacity)
-        length = self.cache.length
-        return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), length)
+        cache, margin = self.cache, self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = cache.length - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(self.on_device(np.arange(len(self.prompt.order))))
+        return cache if slots_BS is None else cache.gathered(self.on_device(slots_BS), length)
 
     def room_for_states(self) -> Tensor:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -261,6 +281,10 @@ class Decoder:
         length = self.cache.length - count
         # Nobody else holds these buffers, so their slots may be written again.
         self.cache = dataclasses.replace(self.cache.cropped(length), written=[length])
+
+    def other(self, model: "OPTForCausalLM", prompt: Prompt) -> "Decoder":
+        """A decoder for another model."""
+        return Decoder(model, prompt)
 
     def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
         """Read tokens, or embeddings in their place, and select what follows the last."""
@@ -284,7 +308,10 @@ class Decoder:
         slots_S = torch.arange(self.cache.capacity, device=self.device)
         attended_BS = (self.mask_BS > 0) & (slots_S >= self.text_start) & (slots_S < length)
         history = History(tokens_BS=self.tokens_BS, attended_BS=attended_BS, length=length)
-        hidden_BE = outputs.last_hidden_state[:, -1]
+        reach = choice.selection.reach
+        hidden_BE = outputs.last_hidden_state[:, -reach:].flatten(0, 1)
+        if reach > 1:
+            history = history.each(reach)
         choice_arguments = tuple(map(self.on_device, choice.arguments))
         found = {}
         if choice.selection.name == "contrast":
@@ -294,18 +321,25 @@ class Decoder:
             kept_B = rows_of(found["places"], choice.selection.size)
             hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
         logits_BV = self.model.logits(hidden_BE)
+        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        unconditional_BV = None
+        if self.guidance_scale is not None:
+            logits_BV, unconditional_BV = logits_BV.chunk(2)
+            history = history.of(np.arange(len(logits_BV)))
         early_BCV = (
             early_logits(self.model, outputs.hidden_states or (), choice.selection.layers)
             if choice.selection.layers
             else None
         )
         step = Step(
-            logits_BV=logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
+            logits_BV=logits_BV,
             history=history,
             program=self.program,
             arguments=self.arguments,
             gates_P=self.on_device(choice.gates_P),
             early_BCV=early_BCV,
+            unconditional_BV=unconditional_BV,
+            guidance_scale=self.guidance_scale,
         )
         found |= select(step, choice.selection, choice_arguments)
-        return {name: array.cpu().numpy() for name, array in found.items()}
+        return {name: array if name in ON_DEVICE else array.cpu().numpy() for name, array in found.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
@@ -32,28 +33,65 @@ class Linear(nn.Linear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to outputs (…, out_features)."""
-        if self.suits_onednn(inputs):
-            return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
-        return super().forward(inputs)
+        # Whatever stands in a plain parameter's place brings its own product.
+        if type(self.weight) is not nn.Parameter or not suits_onednn(inputs, self.weight):
+            return super().forward(inputs)
+        if torch.is_grad_enabled():
+            return OneDNNProduct.apply(inputs, self.weight, self.bias)
+        return onednn_product(inputs, self.weight, self.bias)
 
-    def suits_onednn(self, inputs: Tensor) -> bool:
-        """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL.
 
-        From 2 to 4 rows MKL is the faster one, for one row or many it is not. The operator has no gradients.
-        """
-        rows = inputs.numel() // self.in_features
-        return (
-            HAS_ONEDNN
-            and inputs.dtype is torch.float32
-            and inputs.device.type == "cpu"
-            and (rows == 1 or rows > 4)
-            # Whatever stands in a plain parameter's place brings its own product.
-            and type(self.weight) is nn.Parameter
-            and self.weight.dtype is torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-        )
+def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
+    """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL.
+
+    From 2 to 4 rows MKL is the faster one, for one row or many it is not.
+    """
+    rows = inputs.numel() // weight_FD.shape[1]
+    return (
+        HAS_ONEDNN
+        and inputs.dtype is torch.float32
+        and inputs.device.type == "cpu"
+        and (rows == 1 or rows > 4)
+        and weight_FD.dtype is torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(inputs_MD: Tensor, weight_FD: Tensor) -> Tensor:
+    """Inputs times the transposed weight, (M, F), where no gradients are wanted."""
+    multiply = onednn_product if suits_onednn(inputs_MD, weight_FD) else functional.linear
+    return multiply(inputs_MD, weight_FD)
+
+
+class OneDNNProduct(torch.autograd.Function):
+    """`onednn_product` where gradients are wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None) -> Tensor:
+        """The product."""
+        ctx.save_for_backward(inputs, weight_FD)
+        return onednn_product(inputs, weight_FD, bias_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of inputs, weight and bias."""
+        inputs, weight_FD = ctx.saved_tensors
+        slopes_MF = gradients[0].reshape(-1, len(weight_FD))
+        input_slopes = weight_slope_FD = bias_slope_F = None
+        if ctx.needs_input_grad[0]:
+            input_slopes = onednn_product(slopes_MF, weight_FD.T).view_as(inputs)
+        if ctx.needs_input_grad[1]:
+            weight_slope_FD = onednn_product(slopes_MF.T, inputs.reshape(-1, inputs.shape[-1]).T)
+        if ctx.needs_input_grad[2]:
+            bias_slope_F = slopes_MF.sum(0)
+        return input_slopes, weight_slope_FD, bias_slope_F
+
+
+def onednn_product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """Inputs (…, D) times the transposed weight, and the bias, in float32 on a CPU."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight_FD, bias_F, "none", [], "")
 
 
 class Builder:

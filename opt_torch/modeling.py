@@ -401,7 +401,7 @@ class OPTForCausalLM(Adaptable, Trainable, Pretrained, nn.Module):
             output_logits = labels is None or not self.training
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(self.logits, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
+            loss = causal_lm_loss(self.lm_head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
         return OPTCausalLMOutput(
             loss=loss,
             logits=self.logits(hidden_BTE) if output_logits else None,

@@ -23,6 +23,17 @@ class History:
         """The texts of some rows."""
         return dataclasses.replace(self, tokens_BS=self.tokens_BS[rows_B], attended_BS=self.attended_BS[rows_B])
 
+    def each(self, count: int) -> "History":
+        """The texts up to each of the last `count` tokens, `count` rows for one, moved so that all end at `length`."""
+        slots_S = torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)
+        slots_CS = slots_S - (count - 1 - torch.arange(count, device=slots_S.device))[:, None]
+        there_CS = (slots_CS >= 0) & (slots_S < self.length)
+        return dataclasses.replace(
+            self,
+            tokens_BS=self.tokens_BS[:, slots_CS.clamp(min=0)].flatten(0, 1),
+            attended_BS=(self.attended_BS[:, slots_CS.clamp(min=0)] & there_CS).flatten(0, 1),
+        )
+
     def last(self, count: int) -> Tensor:
         """The last `count` ids of each row, (B, count); -1 where there is no text."""
         positions = self.length - count + torch.arange(count, device=self.tokens_BS.device)

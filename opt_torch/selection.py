@@ -9,8 +9,10 @@ from torch import Tensor
 
 from opt_common.decoding import Selection
 from opt_common.processors import Program
+from opt_torch.assisted import checked
 from opt_torch.dola import contrasted
-from opt_torch.processors import History, choose, log_softmax, process, sample
+from opt_torch.guidance import guided
+from opt_torch.processors import History, choose, log_softmax, process, sample, softmax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +26,8 @@ class Step:
         arguments: of each processor.
         gates_P: of each processor, in this step.
         early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
+        unconditional_BV: what the model gave after the texts that guide, or None.
+        guidance_scale: how much the difference to those counts, or None.
     """
 
     logits_BV: Tensor
@@ -32,6 +36,8 @@ class Step:
     arguments: Sequence[tuple[Tensor, ...]]
     gates_P: Tensor
     early_BCV: Tensor | None = None
+    unconditional_BV: Tensor | None = None
+    guidance_scale: Tensor | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Tensor) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -39,13 +45,22 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = unconditional_BV[rows_B]
         return dataclasses.replace(
-            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
+            self,
+            logits_BV=self.logits_BV[rows_B],
+            history=self.history.of(rows_B),
+            arguments=arguments,
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> Tensor:
         """Scores after every processor."""
         scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        if self.unconditional_BV is not None and self.guidance_scale is not None:
+            scores_BV = guided(scores_BV, self.unconditional_BV, self.guidance_scale)
         return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 
@@ -57,7 +72,27 @@ def select(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dic
 def token(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
     """The next token of each row: "tokens", (B,); -1 where every token is ruled out."""
     scores_BV = step.processed()
-    tokens_B = choose(scores_BV, arguments[0] if arguments else None)
+    return described(step, selection, scores_BV, choose(scores_BV, arguments[0] if arguments else None))
+
+
+def draft(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+    """A token drawn for each row, and the "shares" of all tokens, (B, V), which it was drawn by."""
+    del selection
+    scores_BV = step.processed()
+    return {"tokens": choose(scores_BV, arguments[0]), "shares": softmax(scores_BV)}
+
+
+def check_drafts(step: Step, selection: Selection, arguments: Sequence[Tensor]) -> dict[str, Tensor]:
+    """As `token`, but guesses that were drawn by some shares are kept or replaced; see `opt_common.assisted`."""
+    guessed_B, uniforms_B, chances_B, *shares = arguments
+    scores_BV = step.processed()
+    shares_BV = torch.cat(shares)
+    tokens_B = checked(scores_BV, shares_BV, guessed_B, uniforms_B, chances_B)
+    return described(step, selection, scores_BV, tokens_B)
+
+
+def described(step: Step, selection: Selection, scores_BV: Tensor, tokens_B: Tensor) -> dict[str, Tensor]:
+    """Some tokens and what is asked for beside them."""
     found = {"tokens": tokens_B, **whole(step, selection, scores_BV)}
     if "logprobs" in selection.details:
         places_B1 = tokens_B.clamp(min=0)[:, None]
@@ -138,6 +173,9 @@ def whole(step: Step, selection: Selection, scores_BV: Tensor) -> dict[str, Tens
 
 SELECTIONS: dict[str, Callable[[Step, Selection, Sequence[Tensor]], dict[str, Tensor]]] = {
     "token": token,
+    "tokens": token,
+    "draft": draft,
+    "checked": check_drafts,
     "beams": beams,
     "drawn_beams": drawn_beams,
     "asked_beams": asked_beams,

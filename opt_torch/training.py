@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from opt_common.errors import InputError
 from opt_common.params import Head
 from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import Masking
+from opt_torch.layers import Linear, product
 
 CHUNK_LOGITS = 2**24
 """Logits that the loss holds at a time: 64 MiB in float32, where a batch of 8 × 512 tokens has 785 MiB of them."""
@@ -124,7 +126,9 @@ def causal_lm_loss(
 ) -> Tensor:
     """Cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts.
 
-    The logits are computed `CHUNK_LOGITS` at a time and, where that is not all of them, again in the backward pass.
+    The logits are computed `CHUNK_LOGITS` at a time, at positions that count. Where gradients are wanted and the head
+    is but a matrix, they are computed along with the loss; otherwise the logits are computed again in the backward
+    pass, unless one time was all of them.
 
     Args:
         head: hidden states (C, E) to logits (C, V).
@@ -135,6 +139,8 @@ def causal_lm_loss(
     """
     hidden_XE = hidden_BTE[:, :-1].flatten(0, 1)
     labels_X = labels_BT[:, 1:].to(hidden_XE.device, torch.long).flatten()
+    counted_X = labels_X != IGNORED_LABEL
+    count = counted_X.sum() if num_items_in_batch is None else num_items_in_batch
     rows = max(1, CHUNK_LOGITS // vocab_size)
 
     def chunk_loss(hidden_CE: Tensor, labels_C: Tensor) -> Tensor:
@@ -142,10 +148,65 @@ def causal_lm_loss(
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         return functional.cross_entropy(logits_CV, labels_C, ignore_index=IGNORED_LABEL, reduction="sum")
 
-    chunks = list(zip(hidden_XE.split(rows), labels_X.split(rows), strict=True))
-    if len(chunks) == 1:
-        total = chunk_loss(*chunks[0])
+    if is_matrix(head):
+        places_X = counted_X.nonzero()[:, 0]
+        total = SummedLosses.apply(hidden_XE.index_select(0, places_X), head.weight, labels_X[places_X], rows)
     else:
-        total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-    count = (labels_X != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        chunks = list(zip(hidden_XE.split(rows), labels_X.split(rows), strict=True))
+        if len(chunks) == 1:
+            total = chunk_loss(*chunks[0])
+        else:
+            total = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def is_matrix(head: Any) -> bool:
+    """Whether a head is a product with a trained matrix that nobody watches or traces, and gradients are wanted."""
+    return (
+        type(head) is Linear
+        and type(head.weight) is nn.Parameter
+        and head.weight.requires_grad
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class SummedLosses(torch.autograd.Function):
+    """The sum of the losses of a head that is a matrix. The slopes are computed along with it, from the same logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_XE: Tensor, weight_VE: Tensor, labels_X: Tensor, rows: int) -> Tensor:
+        """The sum, in float32 at least."""
+        device = hidden_XE.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_XE.dtype
+        at_least_float32 = torch.promote_types(dtype, torch.float32)
+        total = hidden_XE.new_zeros((), dtype=at_least_float32)
+        hidden_slopes_XE, weight_slope_VE = torch.empty_like(hidden_XE), torch.zeros_like(weight_VE)
+        with torch.autocast(device, enabled=False):
+            matrix_VE = weight_VE.detach().to(dtype)
+            parts = (hidden_XE.split(rows), labels_X.split(rows), hidden_slopes_XE.split(rows))
+            for part_CE, labels_C, hidden_slopes_CE in zip(*parts, strict=True):
+                hidden_CE = part_CE.to(dtype)
+                logits_CV = product(hidden_CE, matrix_VE).to(at_least_float32)
+                slopes_CV = torch.softmax(logits_CV, -1)
+                # The largest logit's probability is one over the sum of exponentials: never 0, unlike the label's.
+                log_sums_C = logits_CV.amax(-1) - slopes_CV.amax(-1).log()
+                labels_C1 = labels_C[:, None]
+                total += (log_sums_C - logits_CV.gather(-1, labels_C1)[:, 0]).sum()
+                del logits_CV
+                # The slope of the loss is the probabilities, less one at the label.
+                slopes_CV.scatter_add_(-1, labels_C1, slopes_CV.new_full((), -1).expand_as(labels_C1))
+                slopes_CV = slopes_CV.to(dtype)
+                hidden_slopes_CE.copy_(product(slopes_CV, matrix_VE.T))
+                weight_slope_VE += product(slopes_CV.T, hidden_CE.T)
+        ctx.save_for_backward(hidden_slopes_XE, weight_slope_VE)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """The gradients of hidden states and matrix."""
+        hidden_slopes_XE, weight_slope_VE = ctx.saved_tensors
+        return hidden_slopes_XE * gradients[0], weight_slope_VE * gradients[0], None, None

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from opt_common.assisted import checked
 from opt_common.config import OPTConfig
 from opt_common.contrastive import preferred
 from opt_common.dola import candidate_layers, contrasted, early_logits
-from opt_common.processors import History, log_softmax, process, processors, program
+from opt_common.guidance import guided
+from opt_common.processors import History, choose, log_softmax, process, processors, program, softmax
 from opt_common.reference import ReferenceOutput, forward
 
 Array = np.ndarray
@@ -62,3 +64,47 @@ def dola(
         scores_BV = processed(config, settings, ids, len(prompt), contrast_BV[0])
         ids.append(int(scores_BV[0].argmax()))
         yield ids[-1], scores_BV[0]
+
+
+def guidance(
+    config: OPTConfig, read: Forward, prompt: Sequence[int], negative: Sequence[int], settings: Any
+) -> Iterator[tuple[int, Array]]:
+    """Guidance: each new token, and the scores (V,) that it was the best of."""
+    ids, second = list(prompt), list(negative)
+    while True:
+        guided_BV = guided(read(ids).logits[:, -1], read(second).logits[:, -1], settings.guidance_scale)
+        scores_BV = processed(config, settings, ids, len(prompt), guided_BV[0])
+        ids.append(int(scores_BV[0].argmax()))
+        second.append(ids[-1])
+        yield ids[-1], scores_BV[0]
+
+
+def assisted(
+    config: OPTConfig, read: Forward, guess: Forward, prompt: Sequence[int], settings: Any, uniforms: Array
+) -> Iterator[tuple[int, bool]]:
+    """Drawn text with guesses of another model: each new token, and whether it was guessed.
+
+    `uniforms` has three numbers for each new token: for the token, for the guess, and for whether the guess holds.
+    """
+    ids, start = list(prompt), len(prompt)
+
+    def scores(reader: Forward, more: Sequence[int] = ()) -> Array:
+        text = [*ids, *more]
+        return processed(config, settings, text, start, reader(text).logits[0, -1])
+
+    ids.append(int(choose(scores(read), uniforms[:1, 0])[0]))
+    yield ids[-1], False
+    while True:
+        guesses, shares = [], []
+        for _ in range(settings.num_assistant_tokens):
+            own_BV = scores(guess, guesses)
+            numbers = uniforms[len(ids) - start + len(guesses)]
+            guesses.append(int(choose(own_BV, numbers[1:2])[0]))
+            shares.append(softmax(own_BV))
+        for guessed, shares_BV in zip([*guesses, -1], [*shares, shares[-1]], strict=True):
+            token, _, chance = uniforms[len(ids) - start, :, None]
+            found = checked(scores(read), shares_BV, np.array([guessed]), token, chance)
+            ids.append(int(found[0]))
+            yield ids[-1], guessed == ids[-1]
+            if guessed != ids[-1]:
+                break

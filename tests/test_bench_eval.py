@@ -111,7 +111,10 @@ def test_bandwidth_is_a_machine_s():
 
 
 def test_eval_is_the_reference_s_perplexity(backend, command, tmp_path):
-    """Windows of seven tokens, the last batch short: against NumPy in float64, window by window."""
+    """Windows of seven tokens, the last batch short: against NumPy in float64, window by window.
+
+    lm-evaluation-harness#806, #1471, #1586, #2301: a perplexity compares with nothing unless it says what it counts.
+    """
     text = "One day, a little fox went to the river. The river was cold."
     (tmp_path / "text.txt").write_text(text)
     code, out, _ = command(
@@ -142,6 +145,8 @@ def test_eval_is_the_reference_s_perplexity(backend, command, tmp_path):
     assert len(rounded["layer_errors"]) == checkpoint.config.num_hidden_layers + 1
     assert all(0 < error < 0.1 for error in rounded["layer_errors"])
     assert f"| float32 | {plain['perplexity']:.4f} |" in out
+    assert f"Perplexity per token: {count} tokens, in" in out
+    assert "windows of at most 7 with nothing read across" in out
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,7 @@ def test_eval_reads_lines_of_json(command, tmp_path):
     (tmp_path / "texts.jsonl").write_text('"Once upon a time"\n{"text": "One day"}\n')
     code, out, _ = command("eval", "--input", tmp_path / "texts.jsonl", "--quantization", "none")
     assert code == 0
-    assert "tokens have a probability" in out
+    assert "Perplexity per token: " in out
     (tmp_path / "texts.jsonl").write_text('{"prompt": "One day"}\n')
     code, _, error = command("eval", "--input", tmp_path / "texts.jsonl")
     assert code == 1

@@ -147,10 +147,13 @@ def test_what_the_machine_refuses_is_1_and_leaves_nothing(
 
 
 def test_force_replaces_and_the_program_runs_by_itself(tmp_path: Path):
+    """CTranslate2's converter takes --force for leave to remove the whole directory; ours replaces what it writes."""
     command = [sys.executable, "-m", "conversion.cli", "convert", MODEL, str(tmp_path / "new"), "--to", "safetensors"]
     for options, code in (([], 0), ([], 1), (["--force"], 0)):
         result = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=os.environ)
         assert result.returncode == code, result.stderr
+        (tmp_path / "new" / "notes.txt").write_text("the only copy")
+    assert (tmp_path / "new" / "notes.txt").read_text() == "the only copy"
     with open_checkpoint(tmp_path / "new") as checkpoint:
         assert checkpoint.format == "safetensors"
 

@@ -28,6 +28,8 @@ FILES = (
     "selection.py",
     "contrastive.py",
     "dola.py",
+    "guidance.py",
+    "assisted.py",
     "generation.py",
     "checkpoint.py",
 )
@@ -144,6 +146,10 @@ SANCTIONED = {
     },
     "layers.py": {
         "HAS_ONEDNN =": (BOTH, "XLA has one product"),
+        "*suits_onednn*": (BOTH, "as above"),
+        "*onednn_product*": (BOTH, "as above"),
+        "*OneDNNProduct*": (BOTH, "as above"),
+        "*product*": (BOTH, "as above"),
         "*Builder.*": (BOTH, "making new layers is each framework's own business"),
         "*Linear*": (("flax",), "nnx.Linear knows its width, and XLA has one product"),
         "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
@@ -214,6 +220,8 @@ SANCTIONED = {
         "*gradient_checkpointing_enable: decoder": (BOTH, "as above"),
         "run_again(options)": (BOTH, "as above"),
         "run_again: *": (("tf",), "random numbers and the order of a graph are kept by hand"),
+        "*is_matrix*": (BOTH, "there a head without a matrix is told from others by its call"),
+        "*SummedLosses*": (BOTH, "each framework has its way to give a function a gradient"),
         "causal_lm_loss: *": (BOTH, "where a loop is compiled, its turns must be alike"),
         "*Trainable.*_step*": (("tf",), "what fit, evaluate and predict call"),
         "*Trainable.compute_*": (("tf",), "as above"),
@@ -261,6 +269,8 @@ SANCTIONED = {
     },
     "contrastive.py": {},
     "dola.py": {},
+    "guidance.py": {},
+    "assisted.py": {},
     "generation.py": {
         "*evaluating*": (("tf",), "Keras is told its mode call by call"),
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
