@@ -5,7 +5,7 @@ The rule, the scaling and the value added to a masked score are those of `opt_co
 
 # TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
 
 import dataclasses
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 # TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
 
 import dataclasses
 from typing import Any, Self
