@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
-EXTRAS ?= all-cpu,test,dev,docs
+EXTRAS ?= all-cpu,test,dev,docs,examples
 WORKERS ?= 2
 PYTEST_ARGS ?=
 

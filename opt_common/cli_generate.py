@@ -64,6 +64,9 @@ def add_options(generate: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"prompts that are continued at once (default {DEFAULT_BATCH_SIZE})",
     )
+    generate.add_argument(
+        "--negative-prompt", metavar="TEXT", help="what --guidance-scale leads away from (default: the last token)"
+    )
     form = generate.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a text, in a line each")
     form.add_argument(
@@ -195,6 +198,7 @@ def run(program: "Program", arguments: argparse.Namespace) -> None:
         tokenizer=OPTTokenizer.from_pretrained(arguments.model, padding_side="left", **source),
         tensors=program.tensors,
         settings=settings,
+        negative_prompt=arguments.negative_prompt,
     )
     if arguments.interactive:
         writer.converse(prompts)

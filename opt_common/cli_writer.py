@@ -61,12 +61,14 @@ class Writer:
         tokenizer: its tokenizer, padding on the left.
         tensors: what the tokenizer calls the framework's arrays.
         settings: keywords of `generate`.
+        negative_prompt: what to guide away from, or None.
     """
 
     model: Any
     tokenizer: OPTTokenizer
     tensors: str
     settings: dict[str, Any]
+    negative_prompt: str | None = None
 
     def options(self) -> GenerationConfig:
         """The settings in force."""
@@ -83,6 +85,9 @@ class Writer:
     def generate(self, ids: Any, mask: Any, collector: Collector, **more: Any) -> Any:
         """Run the model; the collector gets the tokens where the strategy goes token by token."""
         watched = {"streamer": collector} if self.options().streams else {}
+        if self.negative_prompt is not None:
+            negative = self.tokenizer([self.negative_prompt], return_tensors=self.tensors)
+            more = {**more, "negative_prompt_ids": negative["input_ids"]}
         return self.model.generate(
             ids, attention_mask=mask, tokenizer=self.tokenizer, **self.settings, **watched, **more
         )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from opt_common.errors import GenerationError
 from opt_common.generation_config import GenerationConfig
+from opt_common.guidance import Guidance
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Processor
 from opt_common.stopping import Stopping
@@ -114,6 +115,7 @@ class Prompt:
         past: the first tokens, which were read before, or None.
         order: (B, T) the column in which each token was given.
         layers: what predictions are contrasted with; see `Selection`.
+        guidance: what else is read beside the prompts, or None.
         guesses: how many tokens a step may read that the text does not have yet; see `opt_common.assisted`.
         positions: how many tokens the model has positions for.
     """
@@ -129,6 +131,7 @@ class Prompt:
     past: "Past | None" = None
     order: Ids | None = None
     layers: tuple[int, ...] = ()
+    guidance: Guidance | None = None
     guesses: int = 0
     positions: int = 0
 
@@ -147,6 +150,11 @@ class Prompt:
         """How many of the T tokens are not read, since the cache has them."""
         return 0 if self.past is None else self.past.length
 
+    @property
+    def margin(self) -> int:
+        """How many columns of padding the prompts have where longer ones are read beside them."""
+        return 0 if self.guidance is None else max(self.guidance.input_ids.shape[1] - self.input_ids.shape[1], 0)
+
     def gates(self, step: int) -> npt.NDArray[np.float64]:
         """The number of each processor when `step` new tokens are there, (P,)."""
         length = self.input_ids.shape[1] + step
@@ -160,7 +168,7 @@ class Past:
     Attributes:
         cache: a `KVCache` of the framework.
         length: how many of its tokens count.
-        rows_B: which of its rows each row continues.
+        rows_B: which of its rows each row that is read continues.
     """
 
     cache: Any
@@ -220,13 +228,21 @@ class Generated:
 
 
 class Reader:
-    """A decoder that, without a cache, reads each text anew; with one, the decoder as it is."""
+    """A decoder that, without a cache, reads each text anew; with one, the decoder as it is.
+
+    Where a run is guided, each row has a second one below: it reads the same new tokens, and strategies do not see it.
+    """
 
     def __init__(self, decoder: Decoder, prompt: Prompt, *, use_cache: bool) -> None:
         self.decoder = decoder
         self.use_cache = use_cache
-        self.ids_BT = prompt.input_ids
-        self.mask_BT = prompt.attention_mask
+        self.guided = prompt.guidance is not None
+        self.rows = len(prompt.input_ids)
+        self.ids_BT, self.mask_BT = (
+            (prompt.input_ids, prompt.attention_mask)
+            if prompt.guidance is None
+            else prompt.guidance.below(prompt.input_ids, prompt.attention_mask)
+        )
 
     def start(self, choice: Choice) -> Arrays:
         """Read the prompts."""
@@ -234,6 +250,10 @@ class Reader:
 
     def read(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names."""
+        if self.guided:
+            rows_B = None if choice.rows_B is None else np.concatenate([choice.rows_B, choice.rows_B + self.rows])
+            self.rows = len(ids_BT)
+            ids_BT, choice = np.tile(ids_BT, (2, 1)), dataclasses.replace(choice, rows_B=rows_B)
         if self.use_cache:
             return self.decoder.decode(ids_BT, choice)
         if choice.rows_B is not None:

@@ -22,6 +22,7 @@ from opt_common.decoding import Arrays, Decoder, Generated, Ids, Past, Prompt, R
 from opt_common.dola import candidate_layers
 from opt_common.errors import GenerationError, join_problems
 from opt_common.generation_config import GenerationConfig
+from opt_common.guidance import Guidance, read_negatives
 from opt_common.inputs import check_inputs
 from opt_common.processors import processors
 from opt_common.stopping import Stopping
@@ -122,6 +123,8 @@ def read_prompt(
     *,
     inputs_embeds: npt.NDArray[Any] | None = None,
     past_key_values: Any = None,
+    negative_prompt_ids: npt.NDArray[Any] | None = None,
+    negative_prompt_attention_mask: npt.NDArray[Any] | None = None,
     stopping: Stopping | None = None,
 ) -> Prompt:
     """Check prompts and bring them into the decoders' form, each as often as it is to be continued by itself.
@@ -134,6 +137,8 @@ def read_prompt(
         functions: the user's own processors.
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: a cache of the first tokens of each row, or one row of tokens that every row begins with.
+        negative_prompt_ids: (B, N) or (1, N), what to guide away from; None means each prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         stopping: what ends a row; None means `eos_token_id` alone.
 
     Raises:
@@ -145,8 +150,17 @@ def read_prompt(
     rows, length = mask_BT.shape
     if settings.strategy in ASSISTED_STRATEGIES:
         check_one_row(rows, settings, has_ids=input_ids is not None)
-    new_tokens = _room(config, settings, length, int(mask_BT.sum(1).max()))
-    past = None if past_key_values is None else _read_past(config, settings, past_key_values, mask_BT)
+    negatives = read_negatives(
+        config,
+        settings,
+        rows,
+        negative_prompt_ids,
+        negative_prompt_attention_mask,
+        given=() if embeds_BTE is None else ("inputs_embeds",),
+    )
+    negative_length = 1 if negatives is None else int(negatives[0].shape[1])
+    new_tokens = _room(config, settings, length, max(int(mask_BT.sum(1).max()), negative_length))
+    past = None if past_key_values is None else _read_past(config, settings, past_key_values, mask_BT, negative_length)
     if embeds_BTE is not None and not settings.use_cache:
         raise GenerationError("inputs_embeds needs the cache: leave use_cache=False out.")
     start = 0 if past is None else past.length
@@ -159,6 +173,12 @@ def read_prompt(
     ids_BT, mask_BT = (np.take_along_axis(array_BT, order_BT, axis=1) for array_BT in (ids_BT, mask_BT))
     if embeds_BTE is not None:
         embeds_BTE = np.take_along_axis(np.repeat(embeds_BTE, copies, axis=0), order_BT[..., None], axis=1)
+    guidance = None
+    if settings.guidance_scale is not None and settings.guided:
+        arrays = (ids_BT[:, -1:], mask_BT[:, -1:])
+        if negatives is not None:
+            arrays = tuple(np.repeat(array_BN, copies, axis=0) for array_BN in negatives)
+        guidance = Guidance(scale=settings.guidance_scale, input_ids=arrays[0], attention_mask=arrays[1])
     return Prompt(
         input_ids=ids_BT,
         attention_mask=mask_BT,
@@ -187,6 +207,7 @@ def read_prompt(
         past=past,
         order=order_BT,
         layers=candidate_layers(config, settings.dola_layers) if settings.strategy in DOLA_STRATEGIES else (),
+        guidance=guidance,
         guesses=settings.guesses,
         positions=config.max_position_embeddings,
     )
@@ -259,8 +280,10 @@ def _room(config: OPTConfig, settings: GenerationConfig, length: int, longest: i
     return new_tokens
 
 
-def _read_past(config: OPTConfig, settings: GenerationConfig, past_key_values: Any, mask_BT: Ids) -> Past | None:
-    """The part of a cache that counts: each row has a token left to be read."""
+def _read_past(
+    config: OPTConfig, settings: GenerationConfig, past_key_values: Any, mask_BT: Ids, negative_length: int
+) -> Past | None:
+    """The part of a cache that counts: each row has a token left to be read, and a negative prompt room beside it."""
     rows, length = map(int, mask_BT.shape)
     last_B: Ids = length - 1 - mask_BT[:, ::-1].argmax(1)
     B, _, N, H = past_key_values.keys[0].shape
@@ -287,10 +310,12 @@ def _read_past(config: OPTConfig, settings: GenerationConfig, past_key_values: A
     if problems:
         raise GenerationError(join_problems(problems))
     rows_B: Ids = np.arange(rows) * (B > 1)
+    rows_B = np.repeat(rows_B, settings.copies)
     past = Past(
         cache=past_key_values,
-        length=min(held, int(last_B.min())),
-        rows_B=np.repeat(rows_B, settings.copies),
+        length=max(min(held, int(last_B.min()), length - negative_length), 0),
+        # To what guides, the past is padding, whichever row's it is.
+        rows_B=np.concatenate([rows_B, rows_B]) if settings.guided else rows_B,
     )
     return past if past.length else None
 

@@ -72,6 +72,8 @@ class GenerationConfig:
             to the text before counts against its probability; 0 and None search otherwise.
         dola_layers: (DoLa, see `opt_common.dola`) which layers the last one is contrasted with: "low", "high" or their
             numbers from 0, the embeddings, on; None contrasts nothing.
+        guidance_scale: (see `opt_common.guidance`) how much counts what the prompt makes likelier than the negative
+            prompt, or its own last token, would; None and 1 take scores as they are.
 
     Guesses, see `opt_common.assisted`; they change how soon a text is there, and one prompt is continued at a time:
 
@@ -146,6 +148,7 @@ class GenerationConfig:
     eta_cutoff: float = 0.0
     penalty_alpha: float | None = None
     dola_layers: str | tuple[int, ...] | None = None
+    guidance_scale: float | None = None
     assistant_model: Any = dataclasses.field(default=None, compare=False, repr=False)
     num_assistant_tokens: int | None = None
     prompt_lookup_num_tokens: int = 0
@@ -218,6 +221,11 @@ class GenerationConfig:
     def streams(self) -> bool:
         """Whether tokens are final as soon as they are chosen, so that a text can be shown as it grows."""
         return self.strategy in TOKEN_BY_TOKEN
+
+    @property
+    def guided(self) -> bool:
+        """Whether scores are compared with those after other prompts."""
+        return self.guidance_scale not in {None, 1}
 
     @property
     def copies(self) -> int:
@@ -403,6 +411,7 @@ _ONE_ID = _Rule("an id or None", _id)
 _POSITIVE = _Rule("a positive integer", _count(1))
 _PROBABILITY = _Rule("a number from 0 to 1", _number(0, 1))
 _FACTOR = _Rule("a number above 0", _number(0, math.inf, open_below=True))
+_NUMBER = _Rule("a number", _number(-math.inf, math.inf))
 _FLAG = _Rule("True or False", _flag)
 _ID_LIST = _Rule("an id, a list of ids or None", _ids)
 
@@ -428,12 +437,13 @@ _RULES = {
     "eta_cutoff": _PROBABILITY,
     "penalty_alpha": _PROBABILITY,
     "dola_layers": _Rule('"low", "high" or a list of numbers of layers from 0 on', _layers),
+    "guidance_scale": _NUMBER,
     "num_assistant_tokens": _POSITIVE,
     "prompt_lookup_num_tokens": _COUNT,
     "max_matching_ngram_size": _POSITIVE,
     "num_beams": _POSITIVE,
     "early_stopping": _Rule('True, False or "never"', _stopping),
-    "length_penalty": _Rule("a number", _number(-math.inf, math.inf)),
+    "length_penalty": _NUMBER,
     "num_beam_groups": _POSITIVE,
     "diversity_penalty": _Rule("a number from 0 on", _number(0, math.inf)),
     "force_words_ids": _Rule("a list of phrases (lists of ids) and lists of phrases, none of them empty", _words),

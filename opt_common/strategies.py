@@ -41,6 +41,10 @@ TOKEN_BY_TOKEN = (*KEEPS_CACHE, "contrastive_search")
 """Strategies that append tokens and take none back, so that a text can be shown as it grows."""
 
 
+UNGUIDED = ASSISTED_STRATEGIES | DOLA_STRATEGIES | {"contrastive_search"}
+"""Strategies that compare predictions of their own, and have no place for those of another prompt."""
+
+
 def strategy_of(settings: "GenerationConfig") -> str:
     """The one strategy that some settings ask for, by the precedence of Hugging Face's `get_generation_mode`."""
     if settings.constraints or settings.force_words_ids:
@@ -146,6 +150,11 @@ def conflicting_settings(settings: "GenerationConfig") -> list[str]:
         problems.append("num_beam_groups needs a diversity_penalty above 0: without it all groups are the same.")
     if settings.strategy == "contrastive_search" and settings.top_k in {0, 1}:
         problems.append(f"top_k is {settings.top_k}, but penalty_alpha chooses among top_k candidates: pass 2 or more.")
+    if settings.guided and settings.strategy in UNGUIDED:
+        problems.append(
+            f"guidance_scale can't be had with {settings.strategy}: leave guidance_scale or what asks for that "
+            "strategy out."
+        )
     if settings.assistant_model is not None and settings.prompt_lookup_num_tokens:
         problems.append("assistant_model and prompt_lookup_num_tokens both guess tokens. Leave one of them out.")
     if settings.strategy in ASSISTED_STRATEGIES and settings.num_return_sequences > 1:

@@ -39,6 +39,8 @@ def generate(
     *,
     inputs_embeds: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -56,6 +58,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -80,6 +85,8 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
@@ -148,6 +155,8 @@ def prepare(
     *,
     inputs_embeds: ArrayLike | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: ArrayLike | None = None,
+    negative_prompt_attention_mask: ArrayLike | None = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
@@ -163,6 +172,8 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, jnp.asarray),
     )
     return options, prompt
@@ -211,6 +222,7 @@ class Decoder:
         self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = [tuple(map(jnp.asarray, processor.arguments)) for processor in prompt.processors]
+        self.guidance_scale = None if prompt.guidance is None else jnp.asarray(prompt.guidance.scale)
         graphdef, state = nnx.split(model)
         self.leaves, tree = jax.tree.flatten(state)
         structure = Structure(graphdef, tree)
@@ -247,9 +259,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
-        length = int(self.cache.length) - self.padding
-        return self.cache if slots_BS is None else self.cache.gathered(jnp.asarray(slots_BS), length)
+        cache, margin = self.cache, self.padding + self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = int(cache.length) - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(jnp.arange(len(self.prompt.order)))
+        return cache if slots_BS is None else cache.gathered(jnp.asarray(slots_BS), length)
 
     def room_for_states(self) -> Array:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -287,6 +302,7 @@ class Decoder:
             rows_B,
             self.text_start,
             self.arguments,
+            self.guidance_scale,
             choice.gates_P,
             choice.arguments,
         )
@@ -333,6 +349,7 @@ def _one_step(
     rows_B: Array | None,
     text_start: Array,
     arguments: list[tuple[Array, ...]],
+    guidance_scale: Array | None,
     gates_P: Array,
     choice_arguments: tuple[Array, ...],
 ) -> tuple[dict[str, Array], KVCache, Array, Array, Array | None]:
@@ -368,14 +385,21 @@ def _one_step(
         kept_B = rows_of(found["places"], selection.size)
         hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
     logits_BV = model.logits(hidden_BE)
+    logits_BV = logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32))
+    unconditional_BV = None
+    if guidance_scale is not None:
+        logits_BV, unconditional_BV = jnp.split(logits_BV, 2)
+        history = history.of(np.arange(len(logits_BV)))
     early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
     step = Step(
-        logits_BV=logits_BV.astype(jnp.promote_types(logits_BV.dtype, jnp.float32)),
+        logits_BV=logits_BV,
         history=history,
         program=program,
         arguments=arguments,
         gates_P=gates_P,
         early_BCV=early_BCV,
+        unconditional_BV=unconditional_BV,
+        guidance_scale=guidance_scale,
     )
     found |= select(step, selection, choice_arguments)
     return found, outputs.past_key_values, tokens_BS, mask_BS, states_BS1E

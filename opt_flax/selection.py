@@ -12,6 +12,7 @@ from opt_common.decoding import Selection
 from opt_common.processors import Program
 from opt_flax.assisted import checked
 from opt_flax.dola import contrasted
+from opt_flax.guidance import guided
 from opt_flax.processors import History, choose, log_softmax, process, sample, softmax
 
 
@@ -26,6 +27,8 @@ class Step:
         arguments: of each processor.
         gates_P: of each processor, in this step.
         early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
+        unconditional_BV: what the model gave after the texts that guide, or None.
+        guidance_scale: how much the difference to those counts, or None.
     """
 
     logits_BV: Array
@@ -34,6 +37,8 @@ class Step:
     arguments: Sequence[tuple[Array, ...]]
     gates_P: Array
     early_BCV: Array | None = None
+    unconditional_BV: Array | None = None
+    guidance_scale: Array | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Array) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -41,13 +46,22 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = unconditional_BV[rows_B]
         return dataclasses.replace(
-            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
+            self,
+            logits_BV=self.logits_BV[rows_B],
+            history=self.history.of(rows_B),
+            arguments=arguments,
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> Array:
         """Scores after every processor."""
         scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        if self.unconditional_BV is not None and self.guidance_scale is not None:
+            scores_BV = guided(scores_BV, self.unconditional_BV, self.guidance_scale)
         return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 

@@ -36,6 +36,8 @@ def generate(
     *,
     inputs_embeds: Any = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -53,6 +55,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -77,6 +82,8 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
@@ -143,6 +150,8 @@ def prepare(
     *,
     inputs_embeds: Any = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
@@ -158,6 +167,8 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, tf.convert_to_tensor),
     )
     return options, prompt
@@ -193,6 +204,7 @@ class Decoder:
         self.prompt = prompt
         self.program = program(prompt.processors)
         self.arguments = tuple(tuple(map(tf.constant, processor.arguments)) for processor in prompt.processors)
+        self.guidance_scale = None if prompt.guidance is None else tf.constant(prompt.guidance.scale, tf.float64)
 
     def prefill(self, input_ids_BT: Ids, attention_mask_BT: Ids, choice: Choice) -> Arrays:
         """Read the prompts, padded on the left, and select what follows the last token of each."""
@@ -225,9 +237,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, self.padding, self.cache.capacity)
-        length = int(self.cache.length) - self.padding
-        return self.cache if slots_BS is None else self.cache.gathered(tf.convert_to_tensor(slots_BS), length)
+        cache, margin = self.cache, self.padding + self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = int(cache.length) - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(tf.range(len(self.prompt.order)))
+        return cache if slots_BS is None else cache.gathered(tf.convert_to_tensor(slots_BS), length)
 
     def room_for_states(self) -> tf.Tensor:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -250,7 +265,8 @@ class Decoder:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
         rows_B = None if choice.rows_B is None else tf.constant(choice.rows_B, tf.int32)
-        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = _compiled_step(self.model)(
+        step = _compiled_step(self.model, suits_xla(self.model, ids_BT.size))
+        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = step(
             self.program,
             choice.selection,
             cache.keys,
@@ -264,6 +280,7 @@ class Decoder:
             rows_B,
             tf.constant(self.text_start, tf.int32),
             self.arguments,
+            self.guidance_scale,
             tf.constant(choice.gates_P),
             tuple(map(tf.convert_to_tensor, choice.arguments)),
         )
@@ -271,8 +288,19 @@ class Decoder:
         return {name: array if name in ON_DEVICE else array.numpy() for name, array in found.items()}
 
 
-# One compiled step a model, kept as long as the model is.
-_STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", Callable[..., Any]] = weakref.WeakKeyDictionary()
+# Compiled steps of each model, by XLA and not, kept as long as the model is.
+_STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", dict[bool, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def suits_xla(model: "TFOPTForCausalLM", tokens: int) -> bool:
+    """Whether a step over so many tokens is to be XLA's.
+
+    On a CPU, TensorFlow's own kernels (oneDNN) multiply 16-bit numbers several times faster than XLA's, and 32-bit ones
+    faster but for a single token. Integers are XLA's alone.
+    """
+    if model.config.quantization is not None or tf.config.list_physical_devices("GPU"):
+        return True
+    return model.compute_dtype != "bfloat16" and (model.compute_dtype != "float32" or tokens == 1)
 
 
 def forget_compiled(model: Any) -> None:
@@ -281,12 +309,13 @@ def forget_compiled(model: Any) -> None:
     model.train_function = model.test_function = model.predict_function = None
 
 
-def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
-    if model in _STEPS:
-        return _STEPS[model]
+def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
+    steps = _STEPS.setdefault(model, {})
+    if xla in steps:
+        return steps[xla]
     reference = weakref.ref(model)
 
-    @tf.function(jit_compile=True, autograph=False)
+    @tf.function(jit_compile=xla, autograph=False)
     def step(
         program: Program,
         selection: Selection,
@@ -301,6 +330,7 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         rows_B: tf.Tensor | None,
         text_start: tf.Tensor,
         arguments: tuple[tuple[tf.Tensor, ...], ...],
+        guidance_scale: tf.Tensor | None,
         gates_P: tf.Tensor,
         choice_arguments: tuple[tf.Tensor, ...],
     ) -> tuple[Any, ...]:
@@ -341,17 +371,24 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
             kept_B = rows_of(found["places"], selection.size)
             hidden_BE, history = tf.gather(hidden_BE, kept_B), history.of(kept_B)
         logits_BV = model.logits(hidden_BE)
+        logits_BV = tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32)
+        unconditional_BV = None
+        if guidance_scale is not None:
+            logits_BV, unconditional_BV = tf.split(logits_BV, 2)
+            history = history.of(tf.range(tf.shape(logits_BV)[0]))
         early_BCV = early_logits(model, outputs.hidden_states or (), selection.layers) if selection.layers else None
         step = Step(
-            logits_BV=tf.cast(logits_BV, tf.float64 if logits_BV.dtype == tf.float64 else tf.float32),
+            logits_BV=logits_BV,
             history=history,
             program=program,
             arguments=arguments,
             gates_P=gates_P,
             early_BCV=early_BCV,
+            unconditional_BV=unconditional_BV,
+            guidance_scale=guidance_scale,
         )
         found |= select(step, selection, choice_arguments)
         return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E
 
-    _STEPS[model] = step
+    steps[xla] = step
     return step

@@ -13,6 +13,7 @@ from opt_common.decoding import Selection
 from opt_common.processors import Program
 from opt_tf.assisted import checked
 from opt_tf.dola import contrasted
+from opt_tf.guidance import guided
 from opt_tf.processors import History, choose, log_softmax, process, sample, softmax, vocab_size
 
 
@@ -27,6 +28,8 @@ class Step:
         arguments: of each processor.
         gates_P: of each processor, in this step.
         early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
+        unconditional_BV: what the model gave after the texts that guide, or None.
+        guidance_scale: how much the difference to those counts, or None.
     """
 
     logits_BV: tf.Tensor
@@ -35,6 +38,8 @@ class Step:
     arguments: Sequence[tuple[tf.Tensor, ...]]
     gates_P: tf.Tensor
     early_BCV: tf.Tensor | None = None
+    unconditional_BV: tf.Tensor | None = None
+    guidance_scale: tf.Tensor | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: tf.Tensor) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -42,13 +47,22 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = tf.gather(unconditional_BV, rows_B)
         return dataclasses.replace(
-            self, logits_BV=tf.gather(self.logits_BV, rows_B), history=self.history.of(rows_B), arguments=arguments
+            self,
+            logits_BV=tf.gather(self.logits_BV, rows_B),
+            history=self.history.of(rows_B),
+            arguments=arguments,
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> tf.Tensor:
         """Scores after every processor."""
         scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        if self.unconditional_BV is not None and self.guidance_scale is not None:
+            scores_BV = guided(scores_BV, self.unconditional_BV, self.guidance_scale)
         return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 

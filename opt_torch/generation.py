@@ -37,6 +37,8 @@ def generate(
     *,
     inputs_embeds: Tensor | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     tokenizer: OPTTokenizer | None = None,
@@ -54,6 +56,9 @@ def generate(
         inputs_embeds: (B, T, E), read in place of the tokens' rows of the table.
         past_key_values: the cache of the first columns of the prompts, from an earlier call of the model or of
             `generate`: only the others are read. Of one row, it serves prompts that all begin with it.
+        negative_prompt_ids: (B, N), or (1, N) for all prompts: what `guidance_scale` leads away from; None means each
+            prompt's last token.
+        negative_prompt_attention_mask: the same shape, padding anywhere; None means no padding.
         generation_config: settings in place of `model.generation_config`.
         streamer: is told of each token as it is chosen, such as `opt_common.TextStreamer`.
         tokenizer: the model's, which `stop_strings` needs.
@@ -78,6 +83,8 @@ def generate(
         stopping_criteria,
         inputs_embeds=inputs_embeds,
         past_key_values=past_key_values,
+        negative_prompt_ids=negative_prompt_ids,
+        negative_prompt_attention_mask=negative_prompt_attention_mask,
         generation_config=generation_config,
         tokenizer=tokenizer,
         **settings,
@@ -146,6 +153,8 @@ def prepare(
     *,
     inputs_embeds: Tensor | None = None,
     past_key_values: KVCache | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     tokenizer: OPTTokenizer | None = None,
     **settings: Any,
@@ -161,6 +170,8 @@ def prepare(
         functions=logits_processor,
         inputs_embeds=to_host(inputs_embeds),
         past_key_values=past_key_values,
+        negative_prompt_ids=to_host(negative_prompt_ids),
+        negative_prompt_attention_mask=to_host(negative_prompt_attention_mask),
         stopping=read_stopping(options, tokenizer, stopping_criteria, torch.from_numpy),
     )
     return options, prompt
@@ -213,6 +224,7 @@ class Decoder:
         self.program = program(prompt.processors)
         self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
+        self.guidance_scale = None if prompt.guidance is None else self.on_device(np.array(prompt.guidance.scale))
 
     def on_device(self, array: np.ndarray | Tensor) -> Tensor:
         """An array as the processors take it."""
@@ -243,9 +255,12 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, 0, self.cache.capacity)
-        length = self.cache.length
-        return self.cache if slots_BS is None else self.cache.gathered(self.on_device(slots_BS), length)
+        cache, margin = self.cache, self.prompt.margin
+        slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
+        length = cache.length - margin
+        if self.guidance_scale is not None:
+            cache = cache.reordered(self.on_device(np.arange(len(self.prompt.order))))
+        return cache if slots_BS is None else cache.gathered(self.on_device(slots_BS), length)
 
     def room_for_states(self) -> Tensor:
         """Where the last hidden states of all that is read are kept, beside the cache."""
@@ -306,18 +321,25 @@ class Decoder:
             kept_B = rows_of(found["places"], choice.selection.size)
             hidden_BE, history = hidden_BE[kept_B], history.of(kept_B)
         logits_BV = self.model.logits(hidden_BE)
+        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        unconditional_BV = None
+        if self.guidance_scale is not None:
+            logits_BV, unconditional_BV = logits_BV.chunk(2)
+            history = history.of(np.arange(len(logits_BV)))
         early_BCV = (
             early_logits(self.model, outputs.hidden_states or (), choice.selection.layers)
             if choice.selection.layers
             else None
         )
         step = Step(
-            logits_BV=logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
+            logits_BV=logits_BV,
             history=history,
             program=self.program,
             arguments=self.arguments,
             gates_P=self.on_device(choice.gates_P),
             early_BCV=early_BCV,
+            unconditional_BV=unconditional_BV,
+            guidance_scale=self.guidance_scale,
         )
         found |= select(step, choice.selection, choice_arguments)
         return {name: array if name in ON_DEVICE else array.cpu().numpy() for name, array in found.items()}

@@ -11,6 +11,7 @@ from opt_common.decoding import Selection
 from opt_common.processors import Program
 from opt_torch.assisted import checked
 from opt_torch.dola import contrasted
+from opt_torch.guidance import guided
 from opt_torch.processors import History, choose, log_softmax, process, sample, softmax
 
 
@@ -25,6 +26,8 @@ class Step:
         arguments: of each processor.
         gates_P: of each processor, in this step.
         early_BCV: what the head predicts of some earlier layers, which the logits are contrasted with, or None.
+        unconditional_BV: what the model gave after the texts that guide, or None.
+        guidance_scale: how much the difference to those counts, or None.
     """
 
     logits_BV: Tensor
@@ -33,6 +36,8 @@ class Step:
     arguments: Sequence[tuple[Tensor, ...]]
     gates_P: Tensor
     early_BCV: Tensor | None = None
+    unconditional_BV: Tensor | None = None
+    guidance_scale: Tensor | None = None
 
     def of(self, rows_B: np.ndarray, chosen_BV: Tensor) -> "Step":
         """The step of some rows, for which other groups of beams have chosen some tokens already."""
@@ -40,13 +45,22 @@ class Step:
             (*values, chosen_BV) if name == "diversity" else values
             for (name, *_), values in zip(self.program, self.arguments, strict=True)
         ]
+        unconditional_BV = self.unconditional_BV
+        if unconditional_BV is not None:
+            unconditional_BV = unconditional_BV[rows_B]
         return dataclasses.replace(
-            self, logits_BV=self.logits_BV[rows_B], history=self.history.of(rows_B), arguments=arguments
+            self,
+            logits_BV=self.logits_BV[rows_B],
+            history=self.history.of(rows_B),
+            arguments=arguments,
+            unconditional_BV=unconditional_BV,
         )
 
     def processed(self) -> Tensor:
         """Scores after every processor."""
         scores_BV = self.logits_BV if self.early_BCV is None else contrasted(self.logits_BV, self.early_BCV)
+        if self.unconditional_BV is not None and self.guidance_scale is not None:
+            scores_BV = guided(scores_BV, self.unconditional_BV, self.guidance_scale)
         return process(scores_BV, self.history, self.program, self.arguments, self.gates_P)
 
 

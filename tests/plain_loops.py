@@ -9,6 +9,7 @@ from opt_common.assisted import checked
 from opt_common.config import OPTConfig
 from opt_common.contrastive import preferred
 from opt_common.dola import candidate_layers, contrasted, early_logits
+from opt_common.guidance import guided
 from opt_common.processors import History, choose, log_softmax, process, processors, program, softmax
 from opt_common.reference import ReferenceOutput, forward
 
@@ -62,6 +63,19 @@ def dola(
         contrast_BV = contrasted(output.logits[:, -1], np.stack(early, axis=1))
         scores_BV = processed(config, settings, ids, len(prompt), contrast_BV[0])
         ids.append(int(scores_BV[0].argmax()))
+        yield ids[-1], scores_BV[0]
+
+
+def guidance(
+    config: OPTConfig, read: Forward, prompt: Sequence[int], negative: Sequence[int], settings: Any
+) -> Iterator[tuple[int, Array]]:
+    """Guidance: each new token, and the scores (V,) that it was the best of."""
+    ids, second = list(prompt), list(negative)
+    while True:
+        guided_BV = guided(read(ids).logits[:, -1], read(second).logits[:, -1], settings.guidance_scale)
+        scores_BV = processed(config, settings, ids, len(prompt), guided_BV[0])
+        ids.append(int(scores_BV[0].argmax()))
+        second.append(ids[-1])
         yield ids[-1], scores_BV[0]
 
 

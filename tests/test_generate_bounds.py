@@ -83,6 +83,11 @@ NUMBERS = {
     "typical_p": st.floats(0.05, 0.99),
     "epsilon_cutoff": st.floats(0.0001, 0.1),
     "eta_cutoff": st.floats(0.0001, 0.1),
+    "guidance_scale": st.floats(-1, 4).filter(lambda value: value != 1),
+    "length_penalty": st.floats(-1, 2),
+    "early_stopping": st.sampled_from([False, True, "never"]),
+    "diversity_penalty": st.floats(0.1, 2),
+    "force_words_ids": st.lists(st.lists(st.integers(3, 63), min_size=1, max_size=2), min_size=1, max_size=2),
     "penalty_alpha": st.floats(0.1, 0.9),
     "seed": st.integers(0, 2**40),
 }
@@ -96,6 +101,14 @@ PROGRAMS = {
     "sampling, bare": ({"do_sample": True, "top_k": 0}, ("seed",)),
     "contrastive": ({"top_k": 4}, ("penalty_alpha", "repetition_penalty", "min_new_tokens")),
     "layers": ({"do_sample": True, "top_k": 0, "dola_layers": [0]}, ("seed", "temperature")),
+    "guided": ({"do_sample": True, "top_k": 0}, ("guidance_scale", "seed", "temperature")),
+    "beams": ({"num_beams": 3, "num_return_sequences": 2}, ("length_penalty", "early_stopping")),
+    "guided groups": (
+        {"num_beams": 4, "num_beam_groups": 2},
+        ("guidance_scale", "diversity_penalty", "length_penalty", "early_stopping"),
+    ),
+    "drawn beams": ({"num_beams": 2, "do_sample": True, "top_k": 0}, ("seed", "temperature")),
+    "words": ({"num_beams": 3}, ("force_words_ids", "length_penalty")),
     "sampling": ({"do_sample": True}, (*RANDOM, "repetition_penalty", "suppress_tokens")),
 }
 """Few compiled programs, by name: settings that are always the same, and those whose numbers vary."""

@@ -115,6 +115,17 @@ def test_batches_say_what_prompts_say_alone(generate, tmp_path, monkeypatch):
     assert not generate("--input", str(file), "--json", "--batch-size", "2", "--quiet")[2]
 
 
+def test_a_negative_prompt(generate):
+    """One for all prompts, whichever way they are continued."""
+    options = ("--guidance-scale", "2.5", "--negative-prompt", "Once upon a time, there was a dog")
+    free, texts = (generate("One day", "A cat", *more, "--json")[1].splitlines() for more in ((), options))
+    assert free != texts
+    for prompt, line in zip(("One day", "A cat"), texts, strict=True):
+        assert generate(prompt, *options, "--json")[1].splitlines() == [line]
+        assert generate(prompt, *options, "--stream")[1] == json.loads(line)["text"] + "\n"
+    assert "negative_prompt_ids would change nothing" in generate("One day", *options[2:])[2]
+
+
 def test_guesses_change_no_text(generate, tmp_path, monkeypatch):
     """By another model, read like the first; prompts then go one by one, unless one says otherwise."""
     prompts = ["One day", "Once upon a time there was a cat and a cat"]
