@@ -94,6 +94,7 @@ SANCTIONED = {
         "KVCache.with_room: *": (BOTH, "padding makes room in one call"),
         "KVCache.gathered: rows_B1": (("tf",), "gathering has a word for rows"),
         "append: T": (("flax",), "slices are written by their start alone"),
+        "append: slots_S": (("tf",), "a slice of XLA's is slow, and TensorFlow has none"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*KVCache.__tf_*": (("tf",), "how tf.function takes a cache apart"),
         "*is_traced*": (("tf",), "JAX has a class for it, PyTorch a flag"),
@@ -107,6 +108,7 @@ SANCTIONED = {
         "Masking.padding_BS =": (BOTH, "flash_attention_2 cuts padding out instead of masking it"),
         "Masking.maybe_empty =": (BOTH, "only PyTorch's kernels differ on queries that attend to nothing"),
         "*_fused*": (("flax",), "JAX's own kernels"),
+        "*_side_by_side*": (BOTH, "XLA is slow on many small products"),
         "attend: unfused": (("flax",), "what JAX's kernels can't compute"),
         "attend(implementation)": (("tf",), "TensorFlow has one path"),
         "_eager: at_least_float32": (("tf",), "no function promotes dtypes there"),
@@ -154,7 +156,8 @@ SANCTIONED = {
         "*class L*": (("tf",), "Keras' layers ask for an input before they have weights"),
         "*Linear.*": (("tf",), "as above"),
         "*LayerNorm.*": (("tf",), "as above"),
-        "*Embedding*": (("tf",), "Keras' own has a gradient that its optimizers misread"),
+        "*Embedding*": (BOTH, "Keras' own has a gradient that its optimizers misread, Flax's a slow product"),
+        "*multiply*": (("flax",), "what XLA must be told to be fast; the others choose among kernels"),
     },
     "modeling.py": {
         "*prepare_inputs_for_generation*": (BOTH, "PEFT, which is PyTorch's, wants to see it"),
@@ -283,6 +286,7 @@ SANCTIONED = {
         "*on_device*": (BOTH, "the frameworks place arrays themselves"),
         "_STATIC =": (("flax",), "what that function is compiled for"),
         "_STEPS =": (("tf",), "that function's results, by model"),
+        "*suits_xla*": (("tf",), "TensorFlow has two compilers"),
         "*forget_compiled*": (("tf",), "as above; JAX sees by itself that a model has other layers"),
     },
     "checkpoint.py": {
