@@ -192,7 +192,7 @@ def new_values(config: OPTConfig, parameter: Parameter) -> Tensor:
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """A tensor of an array's numbers, in its memory where that may be written to; bfloat16 goes over bit by bit."""
-    array = np.require(array, requirements="CW")
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
