@@ -128,7 +128,7 @@ def measure(framework: str, size: str, tokens: int, rounds: int) -> dict[str, An
     import contextlib
 
     model, module, bare = MODELS[framework](OPTConfig.from_size(size))
-    around = getattr(module, "evaluating", lambda _: contextlib.nullcontext())
+    around = getattr(module, "evaluating", lambda *_: contextlib.nullcontext())
 
     def loop(settings: dict[str, Any]) -> Iterator[Any]:
         options, prompt = module.prepare(
@@ -144,7 +144,7 @@ def measure(framework: str, size: str, tokens: int, rounds: int) -> dict[str, An
             for token in range(tokens):
                 for side, steps in sides.items():
                     begin = time.perf_counter(), time.process_time()
-                    with around(model):
+                    with around(model, model.generation_config):
                         next(steps)
                     # The first round compiles, and the first token reads the prompt.
                     if number and token:

@@ -2,7 +2,7 @@
 
 # TensorFlow's and Keras' annotations know neither symbolic shapes nor what an operation returns.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
 
 import dataclasses
 from typing import Any, Self
@@ -110,7 +110,11 @@ def append(buffer_BSNH: tf.Tensor, new_BTNH: tf.Tensor, offset: int | tf.Tensor)
     new_BTNH = tf.cast(new_BTNH, buffer_BSNH.dtype)
     if isinstance(offset, int):
         return tf.concat((buffer_BSNH[:, :offset], new_BTNH, buffer_BSNH[:, offset + T :]), axis=1)
-    return keras.ops.slice_update(buffer_BSNH, (0, offset, 0, 0), new_BTNH)
+    # Chosen slot by slot: XLA's update of a slice is slower, and only XLA has it.
+    slots_S = tf.range(buffer_BSNH.shape[1]) - offset
+    if T > 1:
+        new_BTNH = tf.gather(new_BTNH, tf.clip_by_value(slots_S, 0, T - 1), axis=1)
+    return tf.where(((slots_S >= 0) & (slots_S < T))[None, :, None, None], new_BTNH, buffer_BSNH)
 
 
 def is_traced(value: Any) -> bool:

@@ -265,7 +265,8 @@ class Decoder:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
         rows_B = None if choice.rows_B is None else tf.constant(choice.rows_B, tf.int32)
-        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = _compiled_step(self.model)(
+        step = _compiled_step(self.model, suits_xla(self.model, ids_BT.size))
+        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = step(
             self.program,
             choice.selection,
             cache.keys,
@@ -287,8 +288,19 @@ class Decoder:
         return {name: array if name in ON_DEVICE else array.numpy() for name, array in found.items()}
 
 
-# One compiled step a model, kept as long as the model is.
-_STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", Callable[..., Any]] = weakref.WeakKeyDictionary()
+# Compiled steps of each model, by XLA and not, kept as long as the model is.
+_STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", dict[bool, Callable[..., Any]]] = weakref.WeakKeyDictionary()
+
+
+def suits_xla(model: "TFOPTForCausalLM", tokens: int) -> bool:
+    """Whether a step over so many tokens is to be XLA's.
+
+    On a CPU, TensorFlow's own kernels (oneDNN) multiply 16-bit numbers several times faster than XLA's, and 32-bit ones
+    faster but for a single token. Integers are XLA's alone.
+    """
+    if model.config.quantization is not None or tf.config.list_physical_devices("GPU"):
+        return True
+    return model.compute_dtype != "bfloat16" and (model.compute_dtype != "float32" or tokens == 1)
 
 
 def forget_compiled(model: Any) -> None:
@@ -297,12 +309,13 @@ def forget_compiled(model: Any) -> None:
     model.train_function = model.test_function = model.predict_function = None
 
 
-def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
-    if model in _STEPS:
-        return _STEPS[model]
+def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
+    steps = _STEPS.setdefault(model, {})
+    if xla in steps:
+        return steps[xla]
     reference = weakref.ref(model)
 
-    @tf.function(jit_compile=True, autograph=False)
+    @tf.function(jit_compile=xla, autograph=False)
     def step(
         program: Program,
         selection: Selection,
@@ -377,5 +390,5 @@ def _compiled_step(model: "TFOPTForCausalLM") -> Callable[..., Any]:
         found |= select(step, selection, choice_arguments)
         return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E
 
-    _STEPS[model] = step
+    steps[xla] = step
     return step

@@ -547,7 +547,7 @@ class TFAdapter(Adapter):
 
     def compilations(self) -> int:
         module = importlib.import_module("opt_tf.generation")
-        return sum(step.experimental_get_tracing_count() for step in module._STEPS.values())
+        return sum(step.experimental_get_tracing_count() for steps in module._STEPS.values() for step in steps.values())
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
         return model(**arguments, training=training)

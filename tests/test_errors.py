@@ -137,6 +137,7 @@ def test_generation_settings_that_cannot_be(backend, model, settings, told):
 
 
 def test_pad_tokens_without_a_mask_are_worth_a_warning(backend, model):
+    """nnsight#673, unsloth#3795, alpaca-lora#315: padding was read as text, and nothing said so."""
     with pytest.warns(UserWarning, match="no attention_mask was given"):
         backend.generate(model, [[1, 5, 6]], max_new_tokens=1)
 

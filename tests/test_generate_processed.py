@@ -78,7 +78,10 @@ def test_one_seed_one_text(backends, load, settings):
 
 
 def test_a_row_is_drawn_as_it_is_alone(backend, load):
-    """Alone as the first of three copies, so that one program serves all rows; PyTorch takes it alone indeed."""
+    """transformers#17514, for sampling.
+
+    Alone as the first of three copies, so that one program serves all rows; PyTorch takes it alone indeed.
+    """
     model = load(backend, "post_ln_proj")
     batch = backend.generate(model, PROMPTS, PADDED_LEFT, **EVERYTHING)[:, 5:]
     for row in range(3):

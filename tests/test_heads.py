@@ -291,7 +291,7 @@ def test_row_26_the_pad_id_tells_without_a_mask(backend, load_head):
 
 
 def test_row_26_embeddings_with_a_mask(backend, load_head):
-    """transformers takes the last column here, padding or not."""
+    """transformers#46782: the last column was taken here, padding or not, and still is."""
     rng = np.random.default_rng(3)
     embeddings = rng.normal(size=(2, 6, config_of("post_ln_proj").word_embed_proj_dim))
     model = load_head(backend, "post_ln_proj", CLASSIFIER, dtype="float64")

@@ -34,6 +34,7 @@ def test_fully_masked_rows_are_finite(backend, load, variant, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_left_padded_generation_in_half_precision_is_that_of_the_row_alone(backend, load, dtype):
+    """transformers#17433, the complaint itself: a left-padded batch that is generated in float16."""
     model = load(backend, "pre_ln", dtype=dtype)
     ids, mask = np.array([[9, 8, 7, 6], [1, 1, 1, 40]]), np.array([[1, 1, 1, 1], [0, 0, 0, 1]])
     batch = backend.generate(model, ids, mask, max_new_tokens=4)

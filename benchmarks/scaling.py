@@ -1,0 +1,96 @@
+"""How a token's cost grows: with the number of layers, and with the length of the text before it.
+
+    python -m benchmarks.scaling flax --json scaling.json   # or torch, tf
+
+A deeper model should take longer to compile and to run by no more than its layers, a longer text by no more than its
+keys and values take to read. Weights are random, of the shape of 125m but for the number of layers.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion.synthetic import write_random
+from opt_common import OPTConfig
+from opt_common.encoding import tensor_maker
+from opt_common.generation import token_steps
+
+PROMPT = 32
+"""Tokens of the prompt where depth is what changes."""
+
+
+def steps_of(package: str, model: Any, prompt: int, tokens: int) -> Iterator[Any]:
+    """Greedy decoding, token by token; the first reads the prompt."""
+    module = importlib.import_module(f"{package}.generation")
+    program = importlib.import_module(f"{package}.cli").program()
+    ids = tensor_maker(program.tensors)(np.full((1, prompt), 5))
+    options, read = module.prepare(model, ids, max_new_tokens=tokens, eos_token_id=[])
+    around = getattr(module, "evaluating", lambda *_: contextlib.nullcontext())
+    with around(model, options):
+        yield from token_steps(module.Decoder(model, read), read, options)
+
+
+def timed(package: str, model: Any, prompt: int, tokens: int) -> dict[str, float]:
+    """Seconds of the first two tokens, which compile, and the median of a token in a second run."""
+    begin = time.perf_counter()
+    first = steps_of(package, model, prompt, tokens)
+    next(first)
+    next(first)
+    started = time.perf_counter() - begin
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    for _ in steps_of(package, model, prompt, tokens):
+        seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    again = seconds[0] + seconds[1]
+    return {"first_two": started, "compiling": started - again, "token": statistics.median(seconds[1:])}
+
+
+def measure(framework: str, layers: list[int], lengths: list[int], tokens: int) -> dict[str, Any]:
+    """Figures by number of layers, and, at the smallest of them, by length of the prompt."""
+    package = f"opt_{framework}"
+    program = importlib.import_module(f"{package}.cli").program()
+    found: dict[str, Any] = {"framework": framework, "layers": {}, "lengths": {}}
+    for depth in sorted(layers, reverse=True):
+        config = OPTConfig.from_size("125m").replace(num_hidden_layers=depth)
+        with tempfile.TemporaryDirectory() as directory:
+            write_random(directory, config)
+            model: Any = program.load(directory, dtype="float32", quantization=None)
+            found["layers"][depth] = timed(package, model, PROMPT, tokens)
+            print(f"{depth} layers done", file=sys.stderr)
+            if depth == min(layers):
+                for length in lengths:
+                    found["lengths"][length] = timed(package, model, length, tokens)
+    return found
+
+
+def main() -> None:
+    """Measure one framework, print two tables, and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("framework", choices=("torch", "tf", "flax"))
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48], help="numbers of layers")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 448, 960, 1900], help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens (default 32)")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    arguments = parser.parse_args()
+    found = measure(arguments.framework, arguments.layers, arguments.lengths, arguments.tokens)
+    for kind in ("layers", "lengths"):
+        print(f"{kind:>8}{'compiling':>12}{'a token':>12}")
+        for number, row in found[kind].items():
+            print(f"{number:8}{row['compiling']:10.1f} s{row['token'] * 1e3:9.1f} ms")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
