@@ -1,7 +1,7 @@
 """Peak memory of one training step at the shape of OPT-125m, ours and Hugging Face's, one process a measurement.
 
-    python benchmarks/training_memory.py [--out figures.json]    # in an environment with transformers, too
-    python benchmarks/training_memory.py --only ours/checkpointing,transformers/checkpointing
+    python -m benchmarks.training_memory [--out figures.json]    # in an environment with transformers, too
+    python -m benchmarks.training_memory --only ours/checkpointing,transformers/checkpointing
 
 Figures are mebibytes of resident memory: the process's peak during a step of AdamW whose moments are there already,
 less what it held after the imports. Weights are random; the numbers in them do not matter for memory.
@@ -82,7 +82,7 @@ def main() -> int:
         return 0
     figures = {"size": SIZE, "batch": BATCH, "length": LENGTH, "cases": {}}
     for case in arguments.only.split(","):
-        command = [sys.executable, __file__, "--case", case]
+        command = [sys.executable, "-m", "benchmarks.training_memory", "--case", case]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         figures["cases"][case] = json.loads(result.stdout.splitlines()[-1])
     text = json.dumps(figures, indent=2) + "\n"

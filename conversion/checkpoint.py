@@ -149,6 +149,10 @@ class Checkpoint:
         array = reader.read(native)
         return array.T if transposed else array
 
+    def load(self, name: str) -> Array:
+        """As `read`, in memory of its own: what is touched of a mapped file counts as memory as long as it is open."""
+        return fetch(self.read(name))
+
     def close(self) -> None:
         """Let go of the files."""
         while self._readers:

@@ -97,7 +97,7 @@ class Pretrained:
                 lambda: cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, rngs=nnx.Rngs(0))
             )
             for parameter in table:
-                array = checkpoint.read(parameter.name)
+                array = checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
                     local_place(model, parameter)[0].assign_rounded(array, name)
                     continue

@@ -89,7 +89,7 @@ class Pretrained:
             # Built with zeros, which cost next to nothing: every weight is replaced at once.
             model = cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, new_weights=False)
             for parameter in table:
-                array = checkpoint.read(parameter.name)
+                array = checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
                     local_place(model, parameter)[0].assign_rounded(array, name)
                     continue

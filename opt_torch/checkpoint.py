@@ -97,7 +97,7 @@ class Pretrained:
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
-                array = checkpoint.read(parameter.name)
+                array = checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
                     layer: Any = local_place(model, parameter)[0]
                     layer.assign_rounded(array, device or torch.get_default_device(), getattr(torch, name))
@@ -191,8 +191,8 @@ def new_values(config: OPTConfig, parameter: Parameter) -> Tensor:
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """A tensor with a copy of an array's numbers; bfloat16 goes over bit by bit."""
-    array = np.array(array, order="C")
+    """A tensor of an array's numbers, in its memory where that may be written to; bfloat16 goes over bit by bit."""
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)

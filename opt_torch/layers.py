@@ -42,16 +42,11 @@ class Linear(nn.Linear):
 
 
 def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
-    """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL.
-
-    From 2 to 4 rows MKL is the faster one, for one row or many it is not.
-    """
-    rows = inputs.numel() // weight_FD.shape[1]
+    """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL, which is slower."""
     return (
         HAS_ONEDNN
         and inputs.dtype is torch.float32
         and inputs.device.type == "cpu"
-        and (rows == 1 or rows > 4)
         and weight_FD.dtype is torch.float32
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

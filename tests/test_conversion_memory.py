@@ -74,7 +74,7 @@ print(memory("VmHWM") - before)
 def test_loading_takes_the_model_and_its_file(models: Path, name: str):
     """transformers#24711, #22224, #16148: 3 GB of weights took 30 GB in Flax.
 
-    The file is mapped, and the system counts what was read of it. Both leave once the model and half of it.
+    The file is mapped, and the system would count what is touched of it: tensors are copied out one by one.
     """
     size = sum(path.stat().st_size for path in (models / FORMATS[0]).iterdir())
-    assert printed("-W", "ignore", "-c", _LOAD, name, models / FORMATS[0]) < 2.5 * size
+    assert printed("-W", "ignore", "-c", _LOAD, name, models / FORMATS[0]) < 1.8 * size

@@ -155,12 +155,12 @@ def test_what_rounding_costs_in_perplexity(backend, directory, tokenizer):
         assert found / plain < limit, f"{scheme}: {found:.4f} against {plain:.4f}"
 
 
-def test_few_bits_in_pytorch_are_the_matrices_of_the_rules(backend, directory, batch):
-    del batch
+@pytest.mark.parametrize("rows", [3, 40], ids=["as in decoding", "as in a prompt"])
+def test_few_bits_in_pytorch_are_the_matrices_of_the_rules(backend, rows):
     if backend.name != "torch":
         pytest.skip("only PyTorch has products of few bits with inputs that are not rounded")
     rng = np.random.default_rng(5)
-    weight, inputs = rng.normal(size=(48, 64)).astype(np.float32), rng.normal(size=(3, 64)).astype(np.float32)
+    weight, inputs = rng.normal(size=(48, 64)).astype(np.float32), rng.normal(size=(rows, 64)).astype(np.float32)
     rules = {
         "int8": lambda: quantization.dequantize_rows(*quantization.quantize_rows(weight)),
         "int4": lambda: quantization.dequantize_groups(*quantization.quantize_groups(weight)),
