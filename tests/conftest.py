@@ -1,8 +1,10 @@
 """Fixtures of the whole suite."""
 
 import functools
+import gc
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +62,26 @@ def load(checkpoint: Callable[..., Path]) -> Callable[..., Any]:
         return backend.load(checkpoint(variant, format), dtype=dtype, bare=bare)
 
     return cached
+
+
+GROWTH_BYTES = 2 << 30
+"""Memory that a test process may gain before compiled programs are forgotten: thousands of them come together."""
+
+_limit_bytes = [2 * GROWTH_BYTES]
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Forget what JAX has compiled for earlier tests when it has become too much."""
+    yield
+    if "jax" in sys.modules and resident_bytes() > _limit_bytes[0]:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+        # What stays is other things: forgetting more often would only compile more.
+        _limit_bytes[0] = max(_limit_bytes[0], resident_bytes() + GROWTH_BYTES)
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
