@@ -13,7 +13,6 @@ from typing import Any
 
 # Read when TensorFlow is imported: no notes about the machine on standard error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 

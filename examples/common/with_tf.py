@@ -5,7 +5,6 @@ from pathlib import Path
 
 # Read when TensorFlow is imported: no notes about the machine on standard error.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import keras
 import numpy as np
