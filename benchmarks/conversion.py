@@ -1,10 +1,12 @@
 """Memory and time of conversions between all formats, on a model of 5.3 GB, against `cp` and against transformers.
 
     python -m benchmarks.conversion --directory /tmp/bench --json conversion.json
+    python -m benchmarks.conversion --directory /tmp/bench --files one --pairs torch-tf --repeats 3 --keep
 
 A model of the shape of OPT-1.3b with random float32 weights is made in every format. Each pair of formats is converted
-in a process of its own and copied by `cp`, in turns, which goes first alternates. Both end when everything is on the
-disk (fsync), both find the source in the page cache, and before each the system has written what it held back.
+in a process of its own, and the source copied by `cp` before and after it: the ratio is that of the mean of the two
+copies to the conversion. All end when everything is on the disk (fsync), find the source in the page cache, and before
+each the system has written what it held back.
 
 Peak memory is VmHWM of the converting process, pages of mapped files included, less its memory after the imports.
 
@@ -26,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = ("safetensors", "torch", "tf", "flax", "metaseq")
-TRANSPOSED = {frozenset((one, other)) for one in ("safetensors", "torch", "metaseq") for other in ("tf", "flax")}
+FORMATS = ("safetensors", "torch", "tf", "flax", "metaseq", "keras-hub")
+KERNELS = ("tf", "flax", "keras-hub")
+TRANSPOSED = {frozenset((one, other)) for one in FORMATS if one not in KERNELS for other in KERNELS}
 SELF = (sys.executable, "-m", "benchmarks.conversion")
 SHARD = "1GB"
 PARTS = 4
@@ -74,7 +77,7 @@ def make_model(directory: Path, *, layers: int, hidden: int = 2048, vocabulary: 
 def options_of(to: str, *, sharded: bool) -> dict[str, Any]:
     """Arguments of `convert` for one file or several."""
     if not sharded:
-        return {} if to == "metaseq" else {"max_shard_size": "100GB"}
+        return {} if to in ("metaseq", "keras-hub") else {"max_shard_size": "100GB"}
     return {"model_parts": PARTS} if to == "metaseq" else {"max_shard_size": SHARD}
 
 
@@ -137,50 +140,64 @@ def largest_tensor(source: Path) -> int:
         return max(checkpoint.info(name).nbytes for name in checkpoint.names)
 
 
-def measure_pair(source: Path, target: Path, to: str, *, sharded: bool, cp_first: bool) -> dict[str, Any]:
-    """One pair: a conversion and a copy, in the order asked for. A sharded conversion is not copied against."""
-    result: dict[str, Any] = {"sharded": sharded}
+def measure_pair(source: Path, target: Path, to: str, *, sharded: bool) -> dict[str, Any]:
+    """One pair: a copy, a conversion, a copy."""
     copy = target.with_name("copy")
-    jobs = {
-        "cp": lambda: timed(source, copy, command("cp", "-r", "--reflink=never", source, copy)),
-        "ours": lambda: timed(source, target, ours(source, target, to, sharded=sharded)),
+    copies: list[float] = []
+
+    def measure_copy() -> None:
+        copies.append(timed(source, copy, command("cp", "-r", "--reflink=never", source, copy))[0])
+        shutil.rmtree(copy)
+
+    measure_copy()
+    seconds, peak = timed(source, target, ours(source, target, to, sharded=sharded))
+    shutil.rmtree(target)
+    measure_copy()
+    mean = statistics.mean(copies)
+    return {
+        "sharded": sharded,
+        "ours_seconds": round(seconds, 2),
+        "cp_seconds": round(mean, 2),
+        "peak_bytes": int(peak),
+        "ratio": round(mean / seconds, 3),
     }
-    for name in ("cp", "ours") if cp_first else ("ours", "cp"):
-        seconds, said = jobs[name]()
-        result[f"{name}_seconds"] = round(seconds, 2)
-        if name == "ours":
-            result["peak_bytes"] = int(said)
-        else:
-            shutil.rmtree(copy)
-    result["ratio"] = round(result["cp_seconds"] / result["ours_seconds"], 3)
-    return result
 
 
-def all_pairs(directory: Path, wanted: set[str], *, sharded: bool, repeats: int) -> Iterator[dict[str, Any]]:
+def has_target(to: str, *, sharded: bool) -> bool:
+    """Whether a format has what is asked for: KerasHub's presets are written in one file only."""
+    return not (sharded and to == "keras-hub")
+
+
+def all_pairs(
+    directory: Path, wanted: set[str], *, sharded: bool, repeats: int, keep: bool
+) -> Iterator[dict[str, Any]]:
     """Measure every pair; the sources lie in `directory` under the names of their formats."""
-    for number, source in enumerate(FORMATS):
-        place = directory / source
-        if not place.exists():
-            command(*SELF, "--one", directory / FORMATS[0], place, source, "single")()
-        for offset, to in enumerate(FORMATS):
-            if wanted and f"{source}-{to}" not in wanted:
-                continue
-            for repeat in range(repeats):
-                target = directory / "target"
-                first = (number + offset + repeat) % 2 == 0
-                row = measure_pair(place, target, to, sharded=sharded, cp_first=first)
-                shutil.rmtree(target)
+    for source in FORMATS:
+        targets = [to for to in FORMATS if has_target(to, sharded=sharded)]
+        targets = [to for to in targets if not wanted or f"{source}-{to}" in wanted]
+        if not targets:
+            continue
+        place = made(directory, source)
+        for to in targets:
+            for _ in range(repeats):
+                row = measure_pair(place, directory / "target", to, sharded=sharded)
                 transposed = frozenset((source, to)) in TRANSPOSED
                 yield {"source": source, "target": to, "transposed": transposed, **row}
-        if source != FORMATS[0]:
+        if source != FORMATS[0] and not keep:
             shutil.rmtree(place)
+
+
+def made(directory: Path, name: str) -> Path:
+    """The model in a format, made where it is not there yet."""
+    place = directory / name
+    if not place.exists():
+        command(*SELF, "--one", directory / FORMATS[0], place, name, "single")()
+    return place
 
 
 def against_transformers(directory: Path, python: str) -> Iterator[dict[str, Any]]:
     """transformers loads and saves the same model as ours converts, in turns."""
-    source, target = directory / "torch", directory / "target"
-    if not source.exists():
-        command(*SELF, "--one", directory / FORMATS[0], source, "torch", "single")()
+    source, target = made(directory, "torch"), directory / "target"
     for to in ("safetensors", "torch", "tf", "flax"):
         seconds: dict[str, float] = {}
         for name, run in (
@@ -235,7 +252,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--files", choices=["one", "several", "both"], default="both")
     parser.add_argument("--pairs", nargs="*", default=[], metavar="FROM-TO", help="default: all")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="leave the sources for the next call")
     parser.add_argument("--transformers", metavar="PYTHON", help="compare with transformers and with nothing else")
     parser.add_argument("--one", nargs=4, metavar=("SRC", "DST", "TO", "FILES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -266,8 +284,8 @@ def main() -> None:
         add("transformers", against_transformers(directory, arguments.transformers))
     else:
         for sharded in {"one": [False], "several": [True], "both": [False, True]}[arguments.files]:
-            rows = all_pairs(directory, set(arguments.pairs), sharded=sharded, repeats=arguments.repeats)
-            add("pairs", rows)
+            repeats, keep = arguments.repeats, arguments.keep
+            add("pairs", all_pairs(directory, set(arguments.pairs), sharded=sharded, repeats=repeats, keep=keep))
     print(table(report))
 
 

@@ -104,10 +104,16 @@ class _Worker:
         return _Worker(self.work, self.seed, self.numbers[self.numbers.index(self.current) + 1 :])
 
 
-def fuzz(seed: int, count: int, workers: int, *, progress: bool = False, work: Work | None = None) -> Totals:
-    """Do the inputs 0 to `count` - 1, by `do_inputs` or another function of a module; `progress` prints on the way."""
+def fuzz(
+    seed: int, count: int, workers: int, *, first: int = 0, progress: bool = False, work: Work | None = None
+) -> Totals:
+    """Do `count` inputs from `first` on, by `do_inputs` or another function of a module.
+
+    `progress` prints on the way.
+    """
     totals = Totals()
-    running = [_Worker(work or do_inputs, seed, range(first, count, workers)) for first in range(workers)]
+    end = first + count
+    running = [_Worker(work or do_inputs, seed, range(start, end, workers)) for start in range(first, first + workers)]
     shown, told = time.monotonic(), 0
     while running:
         ready = wait([worker.pipe for worker in running], timeout=1)
@@ -156,6 +162,7 @@ def main() -> int:
     """Run, print a table and each finding; the exit code is 1 if there is one."""
     parser = argparse.ArgumentParser("python -m tests.fuzz.run", description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="where to begin, to go in stretches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", type=int, metavar="NUMBER", help="read one input, and say what becomes of it")
@@ -168,7 +175,7 @@ def main() -> int:
         print(f"{outcome.kind}, {outcome.action}: {outcome.result}\n{outcome.detail}")
         return int(outcome.is_finding)
     started = time.monotonic()
-    totals = fuzz(arguments.seed, arguments.count, arguments.workers, progress=True)
+    totals = fuzz(arguments.seed, arguments.count, arguments.workers, first=arguments.first, progress=True)
     print(table(totals, time.monotonic() - started))
     return int(bool(totals.findings))
 
