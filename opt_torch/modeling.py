@@ -26,7 +26,7 @@ from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.tokenizer import OPTTokenizer
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
-from opt_torch.cache import KVCache, append
+from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate, generate_text, stream
 from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
@@ -78,17 +78,15 @@ class OPTAttention(nn.Module):
         N, H = self.config.num_attention_heads, self.config.head_dim
         # Scaled before the product with the keys, bias included: in half precision the order shows.
         q_BTNH = (self.q_proj(hidden_BTD) * H**-0.5).view(B, T, N, H)
-        k_BSNH = self.k_proj(hidden_BTD).view(B, T, N, H)
-        v_BSNH = self.v_proj(hidden_BTD).view(B, T, N, H)
-        present = (k_BSNH, v_BSNH)
-        if past is not None:
-            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
-            k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + T] for buffer_BSNH in present)
-        context_BTNH, probs_BNTS = attend(
+        k_BTNH = self.k_proj(hidden_BTD).view(B, T, N, H)
+        v_BTNH = self.v_proj(hidden_BTD).view(B, T, N, H)
+        context_BTNH, present, probs_BNTS = attend(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
+            k_BTNH,
+            v_BTNH,
             masking,
+            past,
+            offset,
             implementation=self.attn_implementation,
             dropout=self.dropout.p if self.training else 0.0,
             need_probs=output_attentions,
