@@ -47,14 +47,13 @@ class Together:
     def __init__(self, *layers: nn.Module) -> None:
         """Move the weights and biases of layers there. Layers that are no plain `Linear` stay as they are."""
         self.places: tuple[int, ...] = ()
-        if not layers or not all(type(layer) is Linear for layer in layers):
+        plain = [layer for layer in layers if type(layer) is Linear]
+        if not plain or len(plain) < len(layers):
             return
-        self.rows = [layer.out_features for layer in layers]
-        self.weight, self.bias = (
-            None if getattr(layers[0], name) is None else moved_together([getattr(layer, name) for layer in layers])
-            for name in ("weight", "bias")
-        )
-        self.places = tuple(layer.weight.data_ptr() for layer in layers)
+        self.rows = [layer.out_features for layer in plain]
+        self.weight = moved_together([layer.weight for layer in plain])
+        self.bias = None if plain[0].bias is None else moved_together([layer.bias for layer in plain])
+        self.places = tuple(layer.weight.data_ptr() for layer in plain)
 
     def __deepcopy__(self, memo: Any) -> "Together":
         # A copied model has copied each matrix by itself.
@@ -75,7 +74,6 @@ class Together:
         """Inputs (…, in_features) to the outputs of each of the layers."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.holds(*layers):
             return [layer(inputs) for layer in layers]
-        assert self.weight is not None
         return product(inputs, self.weight, self.bias).split(self.rows, dim=-1)
 
 
