@@ -77,7 +77,7 @@ class Together:
         return product(inputs, self.weight, self.bias).split(self.rows, dim=-1)
 
 
-def moved_together(parameters: Sequence[nn.Parameter]) -> Tensor:
+def moved_together(parameters: Sequence[Tensor]) -> Tensor:
     """A tensor of the rows of all parameters, which from now on are parts of it."""
     rows = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, rows.split(list(map(len, parameters))), strict=True):
