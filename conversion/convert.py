@@ -13,7 +13,7 @@ from conversion.dtypes import parse_dtype
 from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
 from conversion.merge import Weights, merged_weights, weights_of
 from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
-from conversion.target import check_target, free_bytes, needed_bytes
+from conversion.target import check_target, free_bytes, needed_bytes, resolved
 from conversion.unfinished import is_left_to_publish
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
@@ -346,9 +346,10 @@ def class_limits(config: OPTConfig, format_name: str, head: Head | None = "lm") 
 
 
 def _check_places(source: Path, target: Path, *, force: bool) -> None:
-    old = (source.parent if source.is_file() else source).resolve()
-    new = target.resolve()
-    if new == old or new.is_relative_to(old) or old.is_relative_to(new):
+    # A file in the hub's cache is a link: the link's own place counts. Beside a file there is room for a directory.
+    old = source.parent.resolve() / source.name if source.is_file() else source.resolve()
+    new = resolved(target)
+    if new.is_relative_to(old) or old.is_relative_to(new):
         raise CheckpointError(f"{target} and the source {source} overlap. Choose a target outside the source.")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists. Choose a new directory, or use --force (force=True) to replace files.")

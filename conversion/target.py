@@ -1,5 +1,6 @@
 """The directory that a checkpoint is written to: what may lie in it, what room it has, how files get their place."""
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,20 @@ from opt_common.native_files import KERAS_ARCHIVE, KERAS_INDEX, KERAS_WEIGHTS
 
 _OVERHEAD_BYTES = 4096
 """What a file system and the structure of a file take, at most, for each tensor and each file."""
+
+
+def resolved(target: Path) -> Path:
+    """Where the path of a target leads, links followed.
+
+    Raises:
+        CheckpointError: if it leads nowhere, by links that come back to themselves.
+    """
+    try:
+        target.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointError(f"{target} is behind a link that leads to itself. Choose another target.") from None
+    return target.resolve()
 
 
 def needed_bytes(plan: Plan, documents: Mapping[str, bytes]) -> int:

@@ -122,8 +122,8 @@ class MappedFile(mmap.mmap):
     """A file mapped into memory, read-only, whose bytes can also be copied out without touching the map.
 
     Who touches a map that has become longer than its file is killed by the system, and touched pages count as memory
-    of the process. A conversion therefore takes arrays from readers for what they say of places in the file, and
-    copies the bytes out with `fetch`.
+    of the process, with up to two megabytes around each. Readers therefore get copies by `buffer[start:end]`, and a
+    conversion takes their arrays for what they say of places in the file, and copies the bytes out with `fetch`.
     """
 
     _path: Path
@@ -139,6 +139,24 @@ class MappedFile(mmap.mmap):
         weakref.finalize(mapped, os.close, mapped._descriptor)
         mapped._address = np.frombuffer(mapped, np.uint8, 1).ctypes.data
         return mapped
+
+    def __getitem__(self, key: Any) -> Any:
+        """A byte or bytes, copied out.
+
+        Raises:
+            CheckpointError: if the file has become too short for them.
+        """
+        if not hasattr(os, "pread"):  # Windows
+            return super().__getitem__(key)  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(key, int):
+            return self[key : key + 1][0]
+        start, stop, step = cast("slice", key).indices(len(self))
+        assert step == 1
+        size = max(0, stop - start)
+        data = os.pread(self._descriptor, size, start)
+        if len(data) < size:
+            raise CheckpointError(changed_meanwhile([self._path]))
+        return data
 
     def copy_out(self, address: int, size: int) -> Array:
         """The bytes that are mapped at an address.

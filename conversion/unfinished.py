@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from conversion.identity import Identity
 from conversion.plan import Plan, json_bytes
-from conversion.target import publish, sync
+from conversion.target import publish, resolved, sync
 from opt_common.errors import CheckpointError
 
 _MANIFEST = "manifest.json"
@@ -66,6 +66,11 @@ class Task:
         return {**dataclasses.asdict(self), "source": {path: list(found) for path, found in self.source.items()}}
 
 
+def place_beside(target: Path, mark: str | None = None) -> Path:
+    """The directory in which a target is prepared; with a mark, one of its own that nobody goes on with."""
+    return target.parent / (f".{target.name}.part" if mark is None else f".{target.name}.{mark}.part")
+
+
 class Work:
     """The directory beside a target while it is written.
 
@@ -78,8 +83,7 @@ class Work:
     def __init__(self, target: Path, names: tuple[str, ...], task: Task | None) -> None:
         """`names` are the files that the target will have; without a task, the work can't be gone on with."""
         self._target, self._names, self._task = target, names, task
-        own = "part" if task is not None else f"{secrets.token_hex(4)}.part"
-        self.place = target.parent / f".{target.name}.{own}"
+        self.place = place_beside(target, None if task is not None else secrets.token_hex(4))
         self.files = self.place / _FILES
         self.finished: dict[str, tuple[int, str]] = {}
         self.published = False
@@ -329,8 +333,8 @@ def work_on(target: Path, names: tuple[str, ...], task: Task | None, *, resume: 
 
 def is_left_to_publish(target: Path) -> bool:
     """Whether an earlier run was interrupted while, or just after, it moved a whole target to its place."""
-    target = target.resolve()
-    place = target.parent / f".{target.name}.part"
+    target = resolved(target)
+    place = place_beside(target)
     try:
         manifest = json.loads((place / _MANIFEST).read_bytes())
     except (OSError, ValueError):

@@ -14,7 +14,7 @@ from conversion.identity import Identity, changed, changed_meanwhile, check_unch
 from conversion.plan import FORMAT_MODULES, Plan, ReadParameter, Tensor, index_content
 from conversion.target import check_disk, check_target, publish, sync
 from conversion.tensors import Array
-from conversion.unfinished import Task, Work, sha256, work_on
+from conversion.unfinished import Task, Work, place_beside, sha256, work_on
 from opt_common.errors import CheckpointError
 from opt_common.hub import METASEQ
 
@@ -55,14 +55,13 @@ def write_plan(
     names = (*plan.files, *documents)
     check_target(directory, plan.format, set(names))
     task = None if source is None else Task.of(source, plan, documents)
-    if not resume:
+    if not place_beside(directory).exists():  # else what lies there is to be named first: it takes room itself
         check_disk(directory, plan, documents)
     with work_on(directory, names, task, resume=resume) as work:
         if work.published:
             return
         if not work.whole:
-            if resume:
-                check_disk(directory, plan, documents, finished=work.finished_bytes)
+            check_disk(directory, plan, documents, finished=work.finished_bytes)
             _write_files(work, plan, read, documents, progress, source or {})
         work.publish(plan.key_file)
 

@@ -34,7 +34,7 @@ def read_json(path: Path, *, most: int = MAX_BYTES) -> Any:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UnreadableError(str(error)) from None
+        raise UnreadableError(error.strerror or str(error)) from None
 
 
 def parse_json(data: bytes) -> Any:

@@ -326,6 +326,25 @@ def test_source_and_target_may_not_overlap(tmp_path: Path, place: str):
         convert(source, source / place, "flax", force=True)
 
 
+def test_a_target_beside_a_source_that_is_a_file(tmp_path: Path):
+    source = tmp_path / "source"
+    convert(MODELS["float32"], source, "torch")
+    file = source / "pytorch_model.bin"
+    for target in (file, source, tmp_path):
+        with pytest.raises(CheckpointError, match="overlap"):
+            convert(file, target, "flax", force=True)
+    convert(file, source / "new", "flax")
+    assert tensors(source / "new") == tensors(MODELS["float32"])
+
+
+def test_a_target_that_is_a_link_to_itself(tmp_path: Path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for target in (tmp_path / "loop", tmp_path / "loop/target"):
+        for resume in (False, True):
+            with pytest.raises(CheckpointError, match=r"leads to itself\. Choose another target"):
+                convert(MODELS["float32"], target, "torch", resume=resume)
+
+
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, tiny: OPTConfig):
     def fail(parameter: Parameter) -> np.ndarray:
         if parameter.name.endswith("layers.1.fc2.bias"):

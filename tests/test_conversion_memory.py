@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.conversion import FORMATS, MARGIN, largest_tensor, make_model
+from conversion import convert, open_checkpoint
 from tests.adapters import BACKENDS
 from tests.paths import ROOT
 
@@ -55,6 +56,30 @@ def test_a_conversion_takes_two_of_the_largest_tensors_and_no_more(models: Path)
             shutil.rmtree(models / name)
     again = models / "again" / "model.safetensors"
     assert again.read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def resident(file: Path) -> int:
+    """Kilobytes of a mapped file that count as memory of this process."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split(maxsplit=1)[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_opening_a_file_touches_no_page_of_its_map(tmp_path: Path, name: str):
+    make_model(tmp_path / FORMATS[0], layers=1, hidden=64, vocabulary=64)
+    if name != FORMATS[0]:
+        convert(tmp_path / FORMATS[0], tmp_path / name, name)
+    with open_checkpoint(tmp_path / name) as checkpoint:
+        (file,) = (path for path in (tmp_path / name).iterdir() if path.suffix != ".json")
+        array = checkpoint.read(next(iter(checkpoint.names)))
+        assert resident(file) == 0
+        array.sum()
+        assert resident(file) > 0  # else this measures nothing
 
 
 _LOAD = """

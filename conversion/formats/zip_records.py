@@ -82,7 +82,7 @@ def _entries(path: Path, buffer: mmap.mmap) -> Iterator[_Entry]:
     for _ in range(count):
         if position + _ENTRY_FIELDS.size > end:
             raise damaged(path, "the archive's directory ends in the middle")
-        fields = _ENTRY_FIELDS.unpack_from(buffer, position)
+        fields = _ENTRY_FIELDS.unpack(buffer[position : position + _ENTRY_FIELDS.size])
         signature, flags, method, packed, size, name_bytes, extra_bytes, comment_bytes, attributes, header = fields
         start = position + _ENTRY_FIELDS.size
         position = start + name_bytes + extra_bytes + comment_bytes
@@ -108,17 +108,19 @@ def _entries(path: Path, buffer: mmap.mmap) -> Iterator[_Entry]:
 
 def _directory(path: Path, buffer: mmap.mmap) -> tuple[int, int, int]:
     """Where the directory begins and ends, and the number of its entries."""
-    at = buffer.rfind(_END, max(0, len(buffer) - _END_FIELDS.size - _LONGEST_COMMENT))
-    if at < 0 or at + _END_FIELDS.size > len(buffer):
+    tail = max(0, len(buffer) - _END_FIELDS.size - _LONGEST_COMMENT)
+    in_tail = buffer[tail:].rfind(_END)
+    at = tail + in_tail
+    if in_tail < 0 or at + _END_FIELDS.size > len(buffer):
         raise damaged(path, "it is not a whole zip archive: it has no directory")
-    _, here, count, size, start, comment_bytes = _END_FIELDS.unpack_from(buffer, at)
+    _, here, count, size, start, comment_bytes = _END_FIELDS.unpack(buffer[at : at + _END_FIELDS.size])
     end = at
     locator = at - _LOCATOR_FIELDS.size
     if locator >= 0 and buffer[locator : locator + 4] == _LOCATOR:
-        _, end = _LOCATOR_FIELDS.unpack_from(buffer, locator)
+        _, end = _LOCATOR_FIELDS.unpack(buffer[locator:at])
         if end + _END_64_FIELDS.size > locator or buffer[end : end + 4] != _END_64:
             raise damaged(path, "it is not a whole zip archive: the end of its directory is not where it says")
-        _, here, count, size, start = _END_64_FIELDS.unpack_from(buffer, end)
+        _, here, count, size, start = _END_64_FIELDS.unpack(buffer[end : end + _END_64_FIELDS.size])
     if at + _END_FIELDS.size + comment_bytes != len(buffer) or here != count or start + size != end:
         raise damaged(path, "it is not a whole zip archive: its directory does not fit the file")
     return start, end, count
