@@ -19,8 +19,12 @@ from opt_common.reference import IGNORED_LABEL
 from opt_torch.attention import Masking
 from opt_torch.layers import Linear, product
 
-CHUNK_LOGITS = 2**24
-"""Logits that the loss holds at a time: 64 MiB in float32, where a batch of 8 × 512 tokens has 785 MiB of them."""
+CHUNK_LOGITS = 2**25
+"""Logits that the loss holds at a time, twice as many in half precision: 128 MiB, where a batch of 8 × 512 tokens has
+785 MiB of them in float32."""
+
+BLOCK_LOGITS = 2**20
+"""Logits whose losses a processor computes at a time: few enough to stay in its cache."""
 
 
 class Trainable:
@@ -181,26 +185,24 @@ class SummedLosses(torch.autograd.Function):
         """The sum, in float32 at least."""
         device = hidden_XE.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_XE.dtype
-        at_least_float32 = torch.promote_types(dtype, torch.float32)
-        total = hidden_XE.new_zeros((), dtype=at_least_float32)
-        hidden_slopes_XE, weight_slope_VE = torch.empty_like(hidden_XE), torch.zeros_like(weight_VE)
+        total = hidden_XE.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        hidden_slopes_XE, weight_slope_VE = torch.empty_like(hidden_XE), None
+        # Chunks of one size, and few: each of them costs a pass over the matrix's slope.
+        chunks = max(1, -(-len(hidden_XE) // (rows * 2 if dtype.itemsize == 2 else rows)))
         with torch.autocast(device, enabled=False):
             matrix_VE = weight_VE.detach().to(dtype)
-            parts = (hidden_XE.split(rows), labels_X.split(rows), hidden_slopes_XE.split(rows))
-            for part_CE, labels_C, hidden_slopes_CE in zip(*parts, strict=True):
+            parts = [tensor.tensor_split(chunks) for tensor in (hidden_XE, labels_X[:, None], hidden_slopes_XE)]
+            for part_CE, labels_C1, hidden_slopes_CE in zip(*parts, strict=True):
                 hidden_CE = part_CE.to(dtype)
-                logits_CV = product(hidden_CE, matrix_VE).to(at_least_float32)
-                slopes_CV = torch.softmax(logits_CV, -1)
-                # The largest logit's probability is one over the sum of exponentials: never 0, unlike the label's.
-                log_sums_C = logits_CV.amax(-1) - slopes_CV.amax(-1).log()
-                labels_C1 = labels_C[:, None]
-                total += (log_sums_C - logits_CV.gather(-1, labels_C1)[:, 0]).sum()
-                del logits_CV
-                # The slope of the loss is the probabilities, less one at the label.
-                slopes_CV.scatter_add_(-1, labels_C1, slopes_CV.new_full((), -1).expand_as(labels_C1))
-                slopes_CV = slopes_CV.to(dtype)
+                slopes_CV = product(hidden_CE, matrix_VE)
+                block = max(1, BLOCK_LOGITS // len(weight_VE) if device == "cpu" else len(slopes_CV))
+                for block_CV, block_C1 in zip(slopes_CV.split(block), labels_C1.split(block), strict=True):
+                    total += turn_into_slopes(block_CV, block_C1)
                 hidden_slopes_CE.copy_(product(slopes_CV, matrix_VE.T))
-                weight_slope_VE += product(slopes_CV.T, hidden_CE.T)
+                more_VE = product(slopes_CV.T, hidden_CE.T)
+                weight_slope_VE = (
+                    more_VE.to(weight_VE.dtype) if weight_slope_VE is None else weight_slope_VE.add_(more_VE)
+                )
         ctx.save_for_backward(hidden_slopes_XE, weight_slope_VE)
         return total
 
@@ -210,3 +212,14 @@ class SummedLosses(torch.autograd.Function):
         """The gradients of hidden states and matrix."""
         hidden_slopes_XE, weight_slope_VE = ctx.saved_tensors
         return hidden_slopes_XE * gradients[0], weight_slope_VE * gradients[0], None, None
+
+
+def turn_into_slopes(logits_CV: Tensor, labels_C1: Tensor) -> Tensor:
+    """The sum of the losses, in float32 at least; slopes replace the logits: probabilities, less one at the label."""
+    wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    probs_CV = torch.softmax(wide_CV, -1)
+    # The largest logit's probability is one over the sum of exponentials: never 0, unlike the label's.
+    log_sums_C = wide_CV.amax(-1) - probs_CV.amax(-1).log()
+    total = (log_sums_C - wide_CV.gather(-1, labels_C1)[:, 0]).sum()
+    logits_CV.copy_(probs_CV.scatter_add_(-1, labels_C1, probs_CV.new_full((), -1).expand_as(labels_C1)))
+    return total
