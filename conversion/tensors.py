@@ -129,6 +129,7 @@ class MappedFile(mmap.mmap):
     _path: Path
     _descriptor: int
     _address: int
+    _private: mmap.mmap | None = None
 
     @classmethod
     def of(cls, path: Path, descriptor: int) -> "MappedFile":
@@ -157,6 +158,12 @@ class MappedFile(mmap.mmap):
         if len(data) < size:
             raise CheckpointError(changed_meanwhile([self._path]))
         return data
+
+    def private(self) -> mmap.mmap:
+        """The file mapped once more, to be written to: what is written is this process's own, and never the file's."""
+        if self._private is None:
+            self._private = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        return self._private
 
     def copy_out(self, address: int, size: int) -> Array:
         """The bytes that are mapped at an address.
@@ -226,6 +233,18 @@ def fetch(array: Array) -> Array:
     before, after = sum(step for step in reach if step < 0), sum(step for step in reach if step > 0)
     data = home.copy_out(array.ctypes.data + before, after - before + array.itemsize)
     return np.ndarray(array.shape, array.dtype, data.data, -before, array.strides)
+
+
+def borrowed(array: Array) -> Array:
+    """The array of a mapped file where it lies, but writable, as `MappedFile.private` says; of others, a copy.
+
+    The file may be replaced as long as the array is in use, but not be cut short.
+    """
+    home = _home(array)
+    if home is None or array.size == 0 or not array.flags.c_contiguous:
+        return fetch(array)
+    offset = array.ctypes.data - home._address
+    return np.frombuffer(home.private(), array.dtype, array.size, offset).reshape(array.shape)
 
 
 def _home(array: Array) -> MappedFile | None:
