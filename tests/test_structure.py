@@ -116,6 +116,7 @@ SANCTIONED = {
     "quantized.py": {
         "*KERNEL_WIDTH*": (BOTH, "a limit of PyTorch's kernels"),
         "*KERNEL_ROWS*": (BOTH, "as above"),
+        "*PACKED_ROWS*": (BOTH, "as above"),
         "*CUDA_ROWS*": (BOTH, "a limit of PyTorch's kernels"),
         "*Int4Linear*": (BOTH, "only PyTorch multiplies by 4-bit integers"),
         "*Int8Linear.multiply*": (BOTH, "only PyTorch multiplies 8-bit integers by numbers that are not rounded"),
