@@ -9,9 +9,10 @@ from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from opt_common.errors import InputError, MissingFrameworkError
+from opt_flax.cache import append
 
 IMPLEMENTATIONS = ("xla", "eager", "cudnn")
 """Values of `attn_implementation`. Attention probabilities, when asked for, always come from "eager"."""
@@ -66,36 +67,45 @@ def attention_bias(attention_mask_BS: Array | None, T: int, S: int, offset: int 
 
 def attend(
     q_BTNH: Array,
-    k_BSNH: Array,
-    v_BSNH: Array,
+    k_BTNH: Array,
+    v_BTNH: Array,
     masking: Masking,
+    past: tuple[Array, Array] | None,
+    offset: int | Array,
     *,
     implementation: str,
     dropout: Callable[[Array], Array] | None,
     need_probs: bool,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, tuple[Array, Array], Array | None]:
     """Attention of scaled queries.
 
     Args:
         q_BTNH: queries, already scaled.
-        k_BSNH: keys.
-        v_BSNH: values.
+        k_BTNH: keys of the same tokens.
+        v_BTNH: their values.
         masking: what each query may attend to.
+        past: buffers of the keys and values before them, (B, S, N, H) each.
+        offset: number of tokens in the buffers.
         implementation: one of `IMPLEMENTATIONS`.
         dropout: drops attention probabilities; None where none is dropped. Only "eager" can.
         need_probs: whether the probabilities are wanted, which only "eager" has.
 
     Returns:
-        The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
+        The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
+        if wanted, the probabilities (B, N, T, S).
     """
     # The fused kernels sum in float32 whatever they are given: too little for float64. On a CPU, float16 has none.
     unfused = q_BTNH.dtype == jnp.float64 or (q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu")
-    if need_probs or implementation == "eager" or dropout is not None or unfused:
-        context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-        return context_BTNH, probs_BNTS if need_probs else None
-    if q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
-        return _side_by_side(q_BTNH, k_BSNH, v_BSNH, masking), None
-    return _fused(q_BTNH, k_BSNH, v_BSNH, masking, implementation), None
+    eager = need_probs or implementation == "eager" or dropout is not None or unfused
+    if past is not None and not eager and q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
+        return *_side_by_side(q_BTNH, k_BTNH, v_BTNH, masking, past, offset), None
+    present = (k_BTNH, v_BTNH)
+    if past is not None:
+        present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
+    if eager:
+        context_BTNH, probs_BNTS = _eager(q_BTNH, *present, masking, dropout)
+        return context_BTNH, present, probs_BNTS if need_probs else None
+    return _fused(q_BTNH, *present, masking, implementation), present, None
 
 
 def _eager(
@@ -127,20 +137,39 @@ def _fused(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking, implem
     )
 
 
-def _side_by_side(q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, masking: Masking) -> Array:
-    """One query a row, with all heads in one product.
+def _side_by_side(
+    q_B1NH: Array, k_B1NH: Array, v_B1NH: Array, masking: Masking, past: tuple[Array, Array], offset: int | Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """One query a row, with all heads in one product: the context and the buffers with the new token appended.
 
     On a CPU, XLA multiplies many small matrices ten times slower than one large one, though that one is mostly zeros:
     a head's query stands beside zeros for the other heads.
+
+    The buffers are read as they were, and written to afterwards, in place. Were they read after the write, XLA would
+    make copies of them for it.
     """
-    B, S, N, H = k_BSNH.shape
-    own_NN1 = jnp.eye(N, dtype=q_BTNH.dtype)[..., None]
-    q_BND = (q_BTNH * own_NN1).reshape(B, N, N * H)
-    k_BSD, v_BSD = k_BSNH.reshape(B, S, N * H), v_BSNH.reshape(B, S, N * H)
-    scores_BNS = jnp.einsum("bnd,bsd->bns", q_BND, k_BSD, preferred_element_type=jnp.float32)
+    B, S, N, H = past[0].shape
+    dtype = q_B1NH.dtype
+    own_NN1 = jnp.eye(N, dtype=dtype)[..., None]
+    q_BND = (q_B1NH * own_NN1).reshape(B, N, N * H)
+    k_BSD, v_BSD = (buffer_BSNH.reshape(B, S, N * H).astype(dtype) for buffer_BSNH in past)
+    is_new_S = jnp.arange(S) == offset
+    scores_BSN = jnp.einsum("bsd,bnd->bsn", k_BSD, q_BND, preferred_element_type=jnp.float32)
+    new_scores_BN1 = (q_B1NH * k_B1NH).astype(jnp.float32).sum(-1).reshape(B, N, 1)
+    scores_BNS = jnp.where(is_new_S, new_scores_BN1, scores_BSN.swapaxes(1, 2))
     if masking.bias_BNTS is not None:
         scores_BNS = scores_BNS + masking.bias_BNTS[:, :, 0]
-    probs_BNS = jax.nn.softmax(scores_BNS, axis=-1).astype(q_BTNH.dtype)
+    probs_BNS = jax.nn.softmax(scores_BNS, axis=-1)
+    new_prob_BN1 = jnp.where(is_new_S, probs_BNS, 0).sum(-1, keepdims=True)
+    probs_BNS = jnp.where(is_new_S, 0, probs_BNS).astype(dtype)
     context_BND = jnp.einsum("bns,bsd->bnd", probs_BNS, v_BSD, preferred_element_type=jnp.float32)
-    context_BNNH = context_BND.astype(q_BTNH.dtype).reshape(B, N, N, H)
-    return jnp.einsum("bnnh->bnh", context_BNNH)[:, None]
+    context_BNH = jnp.einsum("bnnh->bnh", context_BND.reshape(B, N, N, H)) + new_prob_BN1 * v_B1NH[:, 0]
+    context_B1NH = context_BNH.astype(dtype)[:, None]
+    slot = offset + _zero_after(context_B1NH)
+    return context_B1NH, (append(past[0], k_B1NH, slot), append(past[1], v_B1NH, slot))
+
+
+def _zero_after(array: Array) -> Array:
+    """0, which XLA does not know before it has computed an array."""
+    bits = lax.bitcast_convert_type(array.reshape(-1)[0].astype(jnp.float32), jnp.int32)
+    return (bits & 1) >> 1

@@ -30,7 +30,7 @@ from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.tokenizer import OPTTokenizer
 from opt_flax.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
-from opt_flax.cache import KVCache, append
+from opt_flax.cache import KVCache
 from opt_flax.checkpoint import Pretrained
 from opt_flax.generation import generate, generate_text, stream
 from opt_flax.layers import ACTIVATION_FUNCTIONS, Builder
@@ -85,18 +85,16 @@ class FlaxOPTAttention(nnx.Module):
         N, H = self.config.num_attention_heads, self.config.head_dim
         # Scaled before the product with the keys, bias included: in half precision the order shows.
         q_BTNH = (self.q_proj(hidden_BTD) * H**-0.5).reshape(B, T, N, H)
-        k_BSNH = self.k_proj(hidden_BTD).reshape(B, T, N, H)
-        v_BSNH = self.v_proj(hidden_BTD).reshape(B, T, N, H)
-        present = (k_BSNH, v_BSNH)
-        if past is not None:
-            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
-            k_BSNH, v_BSNH = present
+        k_BTNH = self.k_proj(hidden_BTD).reshape(B, T, N, H)
+        v_BTNH = self.v_proj(hidden_BTD).reshape(B, T, N, H)
         dropping = self.config.attention_dropout > 0 and not self.dropout.deterministic
-        context_BTNH, probs_BNTS = attend(
+        context_BTNH, present, probs_BNTS = attend(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
+            k_BTNH,
+            v_BTNH,
             masking,
+            past,
+            offset,
             implementation=self.attn_implementation,
             dropout=self.dropout if dropping else None,
             need_probs=output_attentions,

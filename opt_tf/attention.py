@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from opt_common.errors import InputError
+from opt_tf.cache import append
 
 IMPLEMENTATIONS = ("eager",)
 """Values of `attn_implementation`: TensorFlow has no fused attention kernel."""
@@ -65,30 +66,38 @@ def attention_bias(
 
 def attend(
     q_BTNH: tf.Tensor,
-    k_BSNH: tf.Tensor,
-    v_BSNH: tf.Tensor,
+    k_BTNH: tf.Tensor,
+    v_BTNH: tf.Tensor,
     masking: Masking,
+    past: tuple[tf.Tensor, tf.Tensor] | None,
+    offset: int | tf.Tensor,
     *,
     dropout: Callable[[tf.Tensor], tf.Tensor],
     need_probs: bool,
-) -> tuple[tf.Tensor, tf.Tensor | None]:
+) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], tf.Tensor | None]:
     """Attention of scaled queries.
 
     Args:
         q_BTNH: queries, already scaled.
-        k_BSNH: keys.
-        v_BSNH: values.
+        k_BTNH: keys of the same tokens.
+        v_BTNH: their values.
         masking: what each query may attend to.
+        past: buffers of the keys and values before them, (B, S, N, H) each.
+        offset: number of tokens in the buffers.
         dropout: drops attention probabilities in training.
         need_probs: whether the probabilities are wanted.
 
     Returns:
-        The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
+        The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
+        if wanted, the probabilities (B, N, T, S).
     """
-    if q_BTNH.shape[1] == 1 and not need_probs:
-        return _side_by_side(q_BTNH, k_BSNH, v_BSNH, masking, dropout), None
-    context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-    return context_BTNH, probs_BNTS if need_probs else None
+    present = (k_BTNH, v_BTNH)
+    if past is not None:
+        present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
+        if q_BTNH.shape[1] == 1 and not need_probs:
+            return _side_by_side(q_BTNH, k_BTNH, v_BTNH, masking, past, offset, dropout), present, None
+    context_BTNH, probs_BNTS = _eager(q_BTNH, *present, masking, dropout)
+    return context_BTNH, present, probs_BNTS if need_probs else None
 
 
 def _eager(
@@ -110,27 +119,37 @@ def _eager(
 
 
 def _side_by_side(
-    q_BTNH: tf.Tensor,
-    k_BSNH: tf.Tensor,
-    v_BSNH: tf.Tensor,
+    q_B1NH: tf.Tensor,
+    k_B1NH: tf.Tensor,
+    v_B1NH: tf.Tensor,
     masking: Masking,
+    past: tuple[tf.Tensor, tf.Tensor],
+    offset: int | tf.Tensor,
     dropout: Callable[[tf.Tensor], tf.Tensor],
 ) -> tf.Tensor:
     """One query a row, with all heads in one product.
 
     On a CPU, many small matrices are multiplied several times slower than one large one, though that one is mostly
     zeros: a head's query stands beside zeros for the other heads.
+
+    The buffers are read as they were, without the new token: products need not wait for the copies that have it.
     """
-    B, S, N, H = keras.ops.shape(k_BSNH)
-    own_NN1 = tf.eye(N, dtype=q_BTNH.dtype)[..., None]
-    q_BND = tf.reshape(q_BTNH * own_NN1, (B, N, N * H))
-    k_BSD, v_BSD = tf.reshape(k_BSNH, (B, S, N * H)), tf.reshape(v_BSNH, (B, S, N * H))
-    scores_BNS = tf.matmul(q_BND, k_BSD, transpose_b=True)
+    B, S, N, H = keras.ops.shape(past[0])
+    dtype = q_B1NH.dtype
     # Softmax sums in float32 at least, whatever the model computes in.
-    at_least_float32 = tf.float64 if scores_BNS.dtype == tf.float64 else tf.float32
-    scores_BNS = tf.cast(scores_BNS, at_least_float32)
+    at_least_float32 = tf.float64 if dtype == tf.float64 else tf.float32
+    own_NN1 = tf.eye(N, dtype=dtype)[..., None]
+    q_BND = tf.reshape(q_B1NH * own_NN1, (B, N, N * H))
+    k_BSD, v_BSD = (tf.cast(tf.reshape(buffer_BSNH, (B, S, N * H)), dtype) for buffer_BSNH in past)
+    is_new_S = tf.range(S) == offset
+    scores_BNS = tf.cast(tf.matmul(q_BND, k_BSD, transpose_b=True), at_least_float32)
+    new_scores_BN1 = tf.reshape(tf.reduce_sum(tf.cast(q_B1NH * k_B1NH, at_least_float32), axis=-1), (B, N, 1))
+    scores_BNS = tf.where(is_new_S, new_scores_BN1, scores_BNS)
     if masking.bias_BNTS is not None:
         scores_BNS = scores_BNS + tf.cast(masking.bias_BNTS[:, :, 0], at_least_float32)
-    probs_BNS = dropout(tf.cast(tf.nn.softmax(scores_BNS, axis=-1), q_BTNH.dtype))
+    probs_BNS = dropout(tf.nn.softmax(scores_BNS, axis=-1))
+    new_prob_BN1 = tf.reduce_sum(tf.where(is_new_S, probs_BNS, tf.zeros_like(probs_BNS)), axis=-1, keepdims=True)
+    probs_BNS = tf.cast(tf.where(is_new_S, tf.zeros_like(probs_BNS), probs_BNS), dtype)
     context_BNNH = tf.reshape(tf.matmul(probs_BNS, v_BSD), (B, N, N, H))
-    return tf.reduce_sum(context_BNNH * own_NN1, axis=1)[:, None]
+    context_BNH = tf.reduce_sum(context_BNNH * own_NN1, axis=1) + tf.cast(new_prob_BN1, dtype) * v_B1NH[:, 0]
+    return context_BNH[:, None]

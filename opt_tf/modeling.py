@@ -32,7 +32,7 @@ from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.tokenizer import OPTTokenizer
 from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
-from opt_tf.cache import KVCache, append, is_traced
+from opt_tf.cache import KVCache, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate, generate_text, stream
 from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Embedding, Linear
@@ -100,17 +100,15 @@ class TFOPTAttention(keras.layers.Layer):
         N, H = self.config.num_attention_heads, self.config.head_dim
         # Scaled before the product with the keys, bias included: in half precision the order shows.
         q_BTNH = tf.reshape(self.q_proj(hidden_BTD) * H**-0.5, (B, T, N, H))
-        k_BSNH = tf.reshape(self.k_proj(hidden_BTD), (B, T, N, H))
-        v_BSNH = tf.reshape(self.v_proj(hidden_BTD), (B, T, N, H))
-        present = (k_BSNH, v_BSNH)
-        if past is not None:
-            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
-            k_BSNH, v_BSNH = present
-        context_BTNH, probs_BNTS = attend(
+        k_BTNH = tf.reshape(self.k_proj(hidden_BTD), (B, T, N, H))
+        v_BTNH = tf.reshape(self.v_proj(hidden_BTD), (B, T, N, H))
+        context_BTNH, present, probs_BNTS = attend(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
+            k_BTNH,
+            v_BTNH,
             masking,
+            past,
+            offset,
             dropout=self.dropout,
             need_probs=output_attentions,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opt_common.errors import InputError, MissingFrameworkError
+from opt_torch.cache import append
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 """Values of `attn_implementation`. Attention probabilities, when asked for, always come from "eager"."""
@@ -78,34 +79,43 @@ def attention_bias(attention_mask_BS: Tensor | None, T: int, S: int, offset: int
 
 def attend(
     q_BTNH: Tensor,
-    k_BSNH: Tensor,
-    v_BSNH: Tensor,
+    k_BTNH: Tensor,
+    v_BTNH: Tensor,
     masking: Masking,
+    past: tuple[Tensor, Tensor] | None,
+    offset: int,
     *,
     implementation: str,
     dropout: float,
     need_probs: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
     """Attention of scaled queries.
 
     Args:
         q_BTNH: queries, already scaled.
-        k_BSNH: keys.
-        v_BSNH: values.
+        k_BTNH: keys of the same tokens.
+        v_BTNH: their values.
         masking: what each query may attend to.
+        past: buffers of the keys and values before them, (B, S, N, H) each.
+        offset: number of tokens in the buffers.
         implementation: one of `IMPLEMENTATIONS`.
         dropout: probability of dropping an attention probability.
         need_probs: whether the probabilities are wanted, which only "eager" has.
 
     Returns:
-        The context (B, T, N, H) and, if wanted, the probabilities (B, N, T, S).
+        The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
+        if wanted, the probabilities (B, N, T, S).
     """
+    present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
+    if past is not None:
+        present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
+        k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:
         context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-        return context_BTNH, probs_BNTS if need_probs else None
-    return _KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, masking, dropout), None
+        return context_BTNH, present, probs_BNTS if need_probs else None
+    return _KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, masking, dropout), present, None
 
 
 def _eager(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> tuple[Tensor, Tensor]:

@@ -107,6 +107,9 @@ class Pretrained:
             for parameter in new:
                 tensor = new_values(config, parameter)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
+        for module in model.modules():
+            if hasattr(module, "together"):
+                module.lay_together()
         if cls.head == "lm":
             model.tie_weights()
             model.generation_config = GenerationConfig.from_directory(Path(directory), config)

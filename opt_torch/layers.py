@@ -1,7 +1,7 @@
 """The pieces that the PyTorch model is made of: its activation functions, and its layers with their initial weights."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,50 @@ class Linear(nn.Linear):
         return onednn_product(inputs, self.weight, self.bias)
 
 
+class Together:
+    """Linear layers of the same inputs with their weights one after the other in memory: one matrix to inference."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        """Move the weights and biases of layers there. Layers that are no plain `Linear` stay as they are."""
+        self.places: tuple[int, ...] = ()
+        plain = [layer for layer in layers if type(layer) is Linear]
+        if not plain or len(plain) < len(layers):
+            return
+        self.rows = [layer.out_features for layer in plain]
+        self.weight = moved_together([layer.weight for layer in plain])
+        self.bias = None if plain[0].bias is None else moved_together([layer.bias for layer in plain])
+        self.places = tuple(layer.weight.data_ptr() for layer in plain)
+
+    def __deepcopy__(self, memo: Any) -> "Together":
+        # A copied model has copied each matrix by itself.
+        return Together()
+
+    def holds(self, *layers: nn.Module) -> bool:
+        """Whether layers are still those, in their places, and nobody wants to hear of their calls."""
+        return len(self.places) > 0 and all(
+            type(layer) is Linear
+            and layer.weight.data_ptr() == place
+            and type(layer.weight) is nn.Parameter
+            and not layer._forward_hooks
+            and not layer._forward_pre_hooks
+            for layer, place in zip(layers, self.places, strict=True)
+        )
+
+    def __call__(self, inputs: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
+        """Inputs (…, in_features) to the outputs of each of the layers."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.holds(*layers):
+            return [layer(inputs) for layer in layers]
+        return product(inputs, self.weight, self.bias).split(self.rows, dim=-1)
+
+
+def moved_together(parameters: Sequence[Tensor]) -> Tensor:
+    """A tensor of the rows of all parameters, which from now on are parts of it."""
+    rows = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, rows.split(list(map(len, parameters))), strict=True):
+        parameter.data = part
+    return rows
+
+
 def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
     """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL, which is slower."""
     return (
@@ -53,10 +97,10 @@ def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
     )
 
 
-def product(inputs_MD: Tensor, weight_FD: Tensor) -> Tensor:
-    """Inputs times the transposed weight, (M, F), where no gradients are wanted."""
-    multiply = onednn_product if suits_onednn(inputs_MD, weight_FD) else functional.linear
-    return multiply(inputs_MD, weight_FD)
+def product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """Inputs (…, D) times the transposed weight, and the bias, where no gradients are wanted."""
+    multiply = onednn_product if suits_onednn(inputs, weight_FD) else functional.linear
+    return multiply(inputs, weight_FD, bias_F)
 
 
 class OneDNNProduct(torch.autograd.Function):

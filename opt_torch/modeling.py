@@ -12,8 +12,8 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.tokenizer import OPTTokenizer
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
-from opt_torch.cache import KVCache, append
+from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
 from opt_torch.generation import generate, generate_text, stream
-from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder
+from opt_torch.layers import ACTIVATION_FUNCTIONS, Builder, Together
 from opt_torch.lora import Adaptable
 from opt_torch.quantized import Int8Embedding
 from opt_torch.training import Trainable, causal_lm_loss, leave_out_tied_head, put_back_tied_head, run_again
@@ -53,6 +53,19 @@ class OPTAttention(nn.Module):
         self.q_proj = build.linear(D, D, use_bias=config.enable_bias)
         self.out_proj = build.linear(D, D, use_bias=config.enable_bias)
         self.dropout = build.dropout(config.attention_dropout)
+        self.together = Together()
+
+    def lay_together(self) -> None:
+        """Put the matrices of the three projections where inference multiplies by them at once."""
+        self.together = Together(self.q_proj, self.k_proj, self.v_proj)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What moves or casts a model gives each matrix a place of its own.
+        together = self.together.holds(self.q_proj, self.k_proj, self.v_proj)
+        super()._apply(fn, recurse)
+        if together:
+            self.lay_together()
+        return self
 
     def forward(
         self,
@@ -76,19 +89,17 @@ class OPTAttention(nn.Module):
         """
         B, T, D = hidden_BTD.shape
         N, H = self.config.num_attention_heads, self.config.head_dim
+        q_BTD, k_BTD, v_BTD = self.together(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
         # Scaled before the product with the keys, bias included: in half precision the order shows.
-        q_BTNH = (self.q_proj(hidden_BTD) * H**-0.5).view(B, T, N, H)
-        k_BSNH = self.k_proj(hidden_BTD).view(B, T, N, H)
-        v_BSNH = self.v_proj(hidden_BTD).view(B, T, N, H)
-        present = (k_BSNH, v_BSNH)
-        if past is not None:
-            present = (append(past[0], k_BSNH, offset), append(past[1], v_BSNH, offset))
-            k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + T] for buffer_BSNH in present)
-        context_BTNH, probs_BNTS = attend(
+        q_BTNH = (q_BTD * H**-0.5).view(B, T, N, H)
+        k_BTNH, v_BTNH = k_BTD.view(B, T, N, H), v_BTD.view(B, T, N, H)
+        context_BTNH, present, probs_BNTS = attend(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
+            k_BTNH,
+            v_BTNH,
             masking,
+            past,
+            offset,
             implementation=self.attn_implementation,
             dropout=self.dropout.p if self.training else 0.0,
             need_probs=output_attentions,

@@ -1,5 +1,8 @@
 """The attention paths of opt_flax: each gives the golden values, and what cannot run here says so in a sentence."""
 
+import dataclasses
+import re
+
 import pytest
 
 from opt_common.errors import InputError, MissingFrameworkError
@@ -14,8 +17,10 @@ if "flax" not in BACKENDS:
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from opt_flax import FlaxOPTForCausalLM
+from opt_flax.cache import KVCache
 
 ON_GPU = jax.default_backend() == "gpu"
 
@@ -52,3 +57,23 @@ def test_cudnn_on_a_gpu_gives_the_same_model():
     compare(found, wanted, BFLOAT16, attended=attended)
     with pytest.raises(InputError, match="computes in float16 or bfloat16"):
         logits("pre_ln", "leftpad", dtype="float32", attn_implementation="cudnn")
+
+
+@pytest.mark.skipif(ON_GPU, reason="the path of a processor")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_step_updates_the_cache_in_place(rows):
+    """XLA copied each buffer once or twice for every token when attention read what had just been written."""
+    model = FlaxOPTForCausalLM.from_pretrained(GOLDENS / "pre_ln" / "safetensors", dtype="float32")
+    graphdef, state = nnx.split(model)
+    cache = KVCache.allocate(model.config, rows, 96)
+
+    def step(state, cache, ids):
+        outputs = nnx.merge(graphdef, state).model.decoder(ids, past_key_values=cache, use_cache=True)
+        return outputs.last_hidden_state, outputs.past_key_values
+
+    cache = dataclasses.replace(cache, length=jnp.int32(5))
+    lowered = jax.jit(step, donate_argnames="cache").lower(state, cache, jnp.ones((rows, 1), jnp.int32))
+    shape = ",".join(map(str, cache.keys[0].shape))
+    program = lowered.compile().as_text()
+    assert f"f32[{shape}]" in program
+    assert re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program) == []

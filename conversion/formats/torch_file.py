@@ -4,9 +4,11 @@ Two containers: the zip archive of PyTorch 1.6 and later, and the one before, a 
 storages. Written is the zip archive, such that `torch.load` accepts it with `weights_only=True` and with `mmap=True`.
 """
 
+import io
 import mmap
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,7 +133,7 @@ def write(
             continue
         storage = Storage(str(len(state)), BY_NUMPY[tensor.info.dtype], tensor.info.size)
         state[tensor.name] = StoredTensor(storage, 0, tensor.info.shape, _c_strides(tensor.info.shape))
-    with path.open("xb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with _WriteBehind(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write_record(archive, f"{path.stem}/data.pkl", [torch_pickle.dump(around(dict(state)))])
         _write_record(archive, f"{path.stem}/byteorder", [b"little"])
         for tensor in tensors:
@@ -181,6 +183,44 @@ def _load(path: Path, pickle: bytes | mmap.mmap, *, inert: bool = False) -> Any:
         return torch_pickle.load(pickle, inert=inert)
     except RefusedError as error:
         raise CheckpointError(f"{path}: {error}. Don't trust this file, or save its tensors again.") from None
+
+
+class _WriteBehind(io.BufferedWriter):
+    """A new file that is written in the background: meanwhile zipfile computes the checksum of the next piece."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "xb"))
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future[int] | None = None
+
+    def write(self, buffer: Any) -> int:
+        """Write once what was given before is written. An error is raised by the next call of any method."""
+        self._wait()
+        self._pending = self._pool.submit(super().write, buffer)
+        return memoryview(buffer).nbytes
+
+    def tell(self) -> int:
+        self._wait()
+        return super().tell()
+
+    def seek(self, target: int, whence: int = io.SEEK_SET) -> int:
+        self._wait()
+        return super().seek(target, whence)
+
+    def flush(self) -> None:
+        self._wait()
+        super().flush()
+
+    def close(self) -> None:
+        try:
+            super().close()  # flushes
+        finally:
+            self._pool.shutdown()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
 def _write_record(archive: zipfile.ZipFile, name: str, parts: Any, size: int | None = None) -> None:

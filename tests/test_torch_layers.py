@@ -1,0 +1,106 @@
+"""PyTorch's projections of one input: one product in inference, and still three layers to everybody."""
+
+import copy
+
+import pytest
+
+from tests.adapters import BACKENDS
+from tests.paths import GOLDENS
+
+if "torch" not in BACKENDS:
+    pytest.skip("the PyTorch backend is not under test", allow_module_level=True)
+
+import torch
+
+from opt_torch import OPTForCausalLM
+from opt_torch.layers import Together
+
+IDS = torch.arange(4, 11)[None]
+
+
+@pytest.fixture
+def model():
+    return OPTForCausalLM.from_pretrained(GOLDENS / "pre_ln" / "safetensors", dtype=torch.float32)
+
+
+def projections(model):
+    attention = model.model.decoder.layers[0].self_attn
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def are_together(model):
+    return model.model.decoder.layers[0].self_attn.together.holds(*projections(model))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def apart(model):
+    for layer in model.model.decoder.layers:
+        layer.self_attn.together = Together()
+    return model
+
+
+def test_they_are_one_product(model, monkeypatch):
+    products = []
+    original = torch.nn.Linear.forward
+    monkeypatch.setattr("opt_torch.layers.Linear.forward", lambda self, x: products.append(1) or original(self, x))
+    together = logits(model)
+    count = len(products)
+    torch.testing.assert_close(together, logits(apart(model)), rtol=0, atol=1e-5)
+    assert len(products) - count == count + 3 * len(model.model.decoder.layers)
+
+
+def test_one_is_noticed_to_be_wrong(model):
+    """The check above can fail: the product reads the matrix that the three are parts of."""
+    before = logits(model)
+    with torch.no_grad():
+        projections(model)[1].weight[0] += 1
+    changed = logits(model)
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(changed, logits(apart(model)), rtol=0, atol=1e-5)
+
+
+def test_a_cast_keeps_them_together(model):
+    assert are_together(model)
+    assert are_together(model.to(torch.bfloat16))
+    assert {layer.weight.dtype for layer in projections(model)} == {torch.bfloat16}
+
+
+def test_new_weights_are_read(model):
+    other = copy.deepcopy(model)
+    assert not are_together(other)
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-5)
+    for parameter in other.parameters():
+        parameter.data = parameter.data * 1.5
+    wanted = logits(other)
+    for assign in (False, True):
+        model.load_state_dict(other.state_dict(), assign=assign)
+        assert are_together(model) is not assign
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+
+
+def test_hooks_hear_of_their_calls(model):
+    heard = []
+    projections(model)[2].register_forward_hook(lambda *_: heard.append(1))
+    logits(model)
+    assert heard == [1]
+
+
+def test_gradients_go_to_each(model):
+    model(IDS, labels=IDS).loss.backward()
+    wanted = [layer.weight.grad for layer in projections(model)]
+    apart(model).zero_grad()
+    model(IDS, labels=IDS).loss.backward()
+    for layer, gradient in zip(projections(model), wanted, strict=True):
+        assert gradient is not None
+        torch.testing.assert_close(layer.weight.grad, gradient)
+
+
+def test_a_state_dict_is_saved_as_ever(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt")
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
