@@ -6,7 +6,6 @@ them; gradients flow through them to what comes before.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -140,8 +139,7 @@ class Int4Linear(nn.Module):
         F, D = weight_FD.shape
         if F % KERNEL_WIDTH:
             raise CheckpointError(
-                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {F}. '
-                'Use "int8".'
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {F}. Use "int8".'
             )
         self.packed = torch.empty((F, D // 2), dtype=torch.uint8)
         self.scales_GF2 = torch.empty((D // GROUP_SIZE, F, 2), dtype=torch.bfloat16)
