@@ -24,8 +24,8 @@ KERNEL_ROWS = 15
 for decoding, and takes two and a half times as long for a prompt."""
 
 PACKED_ROWS = 1024
-"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time, a multiple of the 64 that it orders on their
-own: its threads wait for each other after each call, which costs seconds in all where the processor is busy."""
+"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time, a multiple of the 64 that it orders on
+their own: its threads wait for each other after each call, which costs seconds in all where the processor is busy."""
 
 CUDA_ROWS = 17
 """PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
