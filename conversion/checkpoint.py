@@ -28,7 +28,7 @@ from conversion.formats import (
 )
 from conversion.identity import identities
 from conversion.metaseq_config import config_of
-from conversion.tensors import Array, Reader, TensorInfo, borrowed, fetch
+from conversion.tensors import Array, FileRows, Reader, TensorInfo, borrowed, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, read_index, states_its_config
@@ -156,6 +156,10 @@ class Checkpoint:
     def borrow(self, name: str) -> Array:
         """As `read`, writable; where possible in the pages of the file, which stay as they are."""
         return borrowed(self.read(name))
+
+    def rows(self, name: str) -> FileRows:
+        """A matrix as `load` gives it, but a few rows at a time, so that no memory is needed for all of it."""
+        return FileRows(self.read(name))
 
     def close(self) -> None:
         """Let go of the files."""

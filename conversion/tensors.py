@@ -247,6 +247,18 @@ def borrowed(array: Array) -> Array:
     return np.frombuffer(home.private(), array.dtype, array.size, offset).reshape(array.shape)
 
 
+class FileRows:
+    """The rows of an array that lies in a mapped file; they are fetched when they are asked for."""
+
+    def __init__(self, array: Array) -> None:
+        # The rows of a transpose lie all over the file.
+        self._array = array if array.flags.c_contiguous else fetch(array)
+        self.shape = array.shape
+
+    def __getitem__(self, rows: slice) -> Array:
+        return fetch(self._array[rows])
+
+
 def _home(array: Array) -> MappedFile | None:
     """The mapped file in which an array lies."""
     place: Any = array

@@ -15,7 +15,7 @@ norms, biases and the heads of other tasks stay as they are.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +36,15 @@ OUTLIER = 6.0
 
 _BLOCK_BYTES = 1 << 20
 # Rows are rounded in blocks that stay in a processor's cache.
+
+
+class Rows(Protocol):
+    """A matrix of floating-point numbers, of which a stretch of rows is asked for at a time: an array, or a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> npt.NDArray[Any]: ...
 
 
 def check_quantization(config: OPTConfig, available: Sequence[str]) -> None:
@@ -62,7 +71,7 @@ def is_quantized(parameter: Parameter) -> bool:
     return parameter.kind == "linear.weight" and head_of(parameter.name) in (None, "lm")
 
 
-def quantize_rows(weight_FD: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+def quantize_rows(weight_FD: Rows) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """Round a matrix to 8-bit integers, one scale a row.
 
     Args:
@@ -85,7 +94,7 @@ def quantize_rows(weight_FD: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int8], np
 
 
 def quantize_groups(
-    weight_FD: npt.NDArray[Any],
+    weight_FD: Rows,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Round a matrix to 4-bit integers, one scale and one offset for each `GROUP_SIZE` neighbours in a row.
 

@@ -97,10 +97,10 @@ class Pretrained:
                 lambda: cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, rngs=nnx.Rngs(0))
             )
             for parameter in table:
-                array = checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
-                    local_place(model, parameter)[0].assign_rounded(array, name)
+                    local_place(model, parameter)[0].assign_rounded(checkpoint.rows(parameter.name), name)
                     continue
+                array = checkpoint.load(parameter.name)
                 assign(model, parameter, to_array(array, parameter, name))
             rngs = rngs or nnx.Rngs(0)
             for parameter in new:

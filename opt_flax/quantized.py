@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from opt_common.quantization import INT8_LIMIT, OUTLIER, quantize_rows
+from opt_common.quantization import INT8_LIMIT, OUTLIER, Rows, quantize_rows
 
 AVAILABLE = ("int8-dynamic",)
 """Values of `OPTConfig.quantization` that this backend has: XLA multiplies integers by integers well, nothing else."""
@@ -47,10 +47,10 @@ class Int8Linear(nnx.Module):
         outputs_MF = outputs_MF if self.bias is None else outputs_MF + self.bias[...]
         return outputs_MF.astype(self.dtype).reshape(*inputs.shape[:-1], -1)
 
-    def assign_rounded(self, array: np.ndarray, dtype: DTypeLike) -> None:
+    def assign_rounded(self, weight_FD: Rows, dtype: DTypeLike) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # it is known
-        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(array))
+        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(weight_FD))
 
     @property
     def kernel(self) -> Array:
@@ -70,10 +70,10 @@ class Int8Embedding(nnx.Module):
         """Ids (…,) to rows (…, D)."""
         return (self.codes_FD[ids] * self.scales_F[ids][..., None]).astype(self.dtype)
 
-    def assign_rounded(self, array: np.ndarray, dtype: DTypeLike) -> None:
+    def assign_rounded(self, weight_FD: Rows, dtype: DTypeLike) -> None:
         """Take over the numbers of a table, (V, D)."""
         del dtype  # it is known
-        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(array))
+        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(weight_FD))
 
     def attend(self, query: Array) -> Array:
         """The head: hidden states (…, D) to logits (…, V)."""

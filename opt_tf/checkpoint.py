@@ -89,10 +89,10 @@ class Pretrained:
             # Built with zeros, which cost next to nothing: every weight is replaced at once.
             model = cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, new_weights=False)
             for parameter in table:
-                array = checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
-                    local_place(model, parameter)[0].assign_rounded(array, name)
+                    local_place(model, parameter)[0].assign_rounded(checkpoint.rows(parameter.name), name)
                     continue
+                array = checkpoint.load(parameter.name)
                 assign(model, parameter, to_array(array, parameter, name))
             for parameter in new:
                 array = new_values(config, parameter)

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_common.quantization import INT8_LIMIT, OUTLIER, quantize_rows
+from opt_common.quantization import INT8_LIMIT, OUTLIER, Rows, quantize_rows
 
 AVAILABLE = ("int8-dynamic",)
 """Values of `OPTConfig.quantization` that this backend has: XLA multiplies integers by integers well, nothing else."""
@@ -54,10 +54,10 @@ class Int8Linear(keras.layers.Layer):
         outputs_MF = outputs_MF if self.bias is None else outputs_MF + tf.cast(self.bias, self.compute_dtype)
         return tf.reshape(outputs_MF, (*outer, self.out_features))
 
-    def assign_rounded(self, array: np.ndarray, dtype: str) -> None:
+    def assign_rounded(self, weight_FD: Rows, dtype: str) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # it is known
-        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(array), strict=True):
+        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(weight_FD), strict=True):
             variable.assign(part)
 
     @property
@@ -84,10 +84,10 @@ class Int8Embedding(keras.layers.Layer):
         codes = tf.cast(tf.gather(self.codes_FD.value, ids), tf.float32)
         return tf.cast(codes * tf.gather(self.scales_F.value, ids)[..., None], self.compute_dtype)
 
-    def assign_rounded(self, array: np.ndarray, dtype: str) -> None:
+    def assign_rounded(self, weight_FD: Rows, dtype: str) -> None:
         """Take over the numbers of a table, (V, D)."""
         del dtype  # it is known
-        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(array), strict=True):
+        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(weight_FD), strict=True):
             variable.assign(part)
 
     def attend(self, query: tf.Tensor) -> tf.Tensor:

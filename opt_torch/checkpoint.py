@@ -97,14 +97,14 @@ class Pretrained:
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
-                # What needs no cast stays where it lies in the file: nothing is copied.
-                stays = checkpoint.info(parameter.name).dtype.name == name
-                array = checkpoint.borrow(parameter.name) if stays else checkpoint.load(parameter.name)
                 if config.quantization is not None and is_quantized(parameter):
                     layer: Any = local_place(model, parameter)[0]
-                    layer.assign_rounded(array, device or torch.get_default_device(), getattr(torch, name))
+                    rows = checkpoint.rows(parameter.name)
+                    layer.assign_rounded(rows, device or torch.get_default_device(), getattr(torch, name))
                     continue
-                tensor = to_tensor(array)
+                # What needs no cast stays where it lies in the file: nothing is copied.
+                stays = checkpoint.info(parameter.name).dtype.name == name
+                tensor = to_tensor((checkpoint.borrow if stays else checkpoint.load)(parameter.name))
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
             for parameter in new:
                 tensor = new_values(config, parameter)

@@ -6,13 +6,12 @@ them; gradients flow through them to what comes before.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from opt_common.errors import CheckpointError
-from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, quantize_groups, quantize_rows
+from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, Rows, quantize_groups, quantize_rows
 
 AVAILABLE = ("int8-dynamic", "int8", "int4")
 """Values of `OPTConfig.quantization` that this backend has."""
@@ -23,6 +22,10 @@ KERNEL_WIDTH = 16
 KERNEL_ROWS = 15
 """Rows up to which PyTorch's product by 8-bit integers on a CPU is faster than one by the same in bfloat16: it is made
 for decoding, and takes two and a half times as long for a prompt."""
+
+PACKED_ROWS = 1024
+"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time, a multiple of the 64 that it orders on
+their own: its threads wait for each other after each call, which costs seconds in all where the processor is busy."""
 
 CUDA_ROWS = 17
 """PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
@@ -76,10 +79,10 @@ class Int8Linear(nn.Module):
         # The kernel is fast on bfloat16 alone.
         return torch.ops.aten._weight_int8pack_mm(inputs_MD.bfloat16(), self.codes_FD, self.scales_F.bfloat16())
 
-    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a matrix, (F, D)."""
         del dtype  # that of the inputs is kept
-        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(weight_FD))
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +128,7 @@ class Int4Linear(nn.Module):
             inputs_MD.bfloat16(), self.packed, GROUP_SIZE, self.scales_GF2
         )
 
-    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a matrix, (F, D).
 
         Raises:
@@ -134,14 +137,18 @@ class Int4Linear(nn.Module):
         del dtype  # that of the inputs is kept
         if torch.device(device).type != "cpu":
             raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
-        if len(array) % KERNEL_WIDTH:
+        F, D = weight_FD.shape
+        if F % KERNEL_WIDTH:
             raise CheckpointError(
-                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {len(array)}. '
-                'Use "int8".'
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {F}. Use "int8".'
             )
-        codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(array))
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
-        self.scales_GF2 = torch.stack((scales_FG.T, offsets_FG.T), dim=-1).bfloat16().contiguous()
+        self.packed = torch.empty((F, D // 2), dtype=torch.uint8)
+        self.scales_GF2 = torch.empty((D // GROUP_SIZE, F, 2), dtype=torch.bfloat16)
+        for start in range(0, F, PACKED_ROWS):
+            block = slice(start, start + PACKED_ROWS)
+            codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(weight_FD[block]))
+            self.packed[block] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
+            self.scales_GF2[:, block] = torch.stack((scales_FG.T, offsets_FG.T), dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -166,10 +173,10 @@ class Int8Embedding(nn.Module):
         """Ids (…,) to rows (…, D)."""
         return (self.codes_FD[ids] * self.scales_F[ids][..., None]).to(self.dtype)
 
-    def assign_rounded(self, array: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+    def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a table, (V, D), whose rows are to be of a dtype."""
         self.dtype = dtype
-        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(array))
+        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(weight_FD))
 
     def head(self) -> Int8Linear:
         """The same table as a linear layer from embeddings to the vocabulary; nothing is copied."""

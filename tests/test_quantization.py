@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from conversion.synthetic import write_random
 from opt_common import ConfigError, OPTConfig, OPTTokenizer, quantization
 from opt_common.hub import resolve
 from opt_common.params import parameter_table
@@ -169,6 +171,23 @@ def test_few_bits_in_pytorch_are_the_matrices_of_the_rules(backend, rows):
         layer = backend.rounded_linear(weight, scheme)
         compare(backend.call_layer(layer, inputs), inputs @ rule().T, INT4_PRODUCT, what=scheme)
         compare(layer.weight.float().numpy(), rule(), INT4_PRODUCT, what=f"{scheme}: the matrix")
+
+
+def test_a_matrix_is_never_in_memory_as_it_is_stored(backend, directory, tmp_path):
+    size = {"hidden_size": 64, "num_attention_heads": 4, "ffn_dim": 64, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=1 << 17, word_embed_proj_dim=64, max_position_embeddings=32, **size)
+    write_random(tmp_path / "model", config)
+    table_bytes = 4 * config.vocab_size * config.word_embed_proj_dim
+    for scheme in schemes(backend):
+        backend.load(directory, quantization=scheme)  # what is imported at first is not to count
+        tracemalloc.start()
+        try:
+            backend.load(tmp_path / "model", quantization=scheme)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        # The integers are a quarter of it, for a moment twice in Keras; the rest is scales, and what is worked on.
+        assert peak < 0.6 * table_bytes, f"{scheme}: {peak} bytes beside a table of {table_bytes}"
 
 
 def test_a_configuration_can_ask_for_it_and_a_saved_model_is_whole_again(backend, directory, batch, tmp_path):

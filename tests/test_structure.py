@@ -120,6 +120,7 @@ SANCTIONED = {
     "quantized.py": {
         "*KERNEL_WIDTH*": (BOTH, "a limit of PyTorch's kernels"),
         "*KERNEL_ROWS*": (BOTH, "as above"),
+        "*PACKED_ROWS*": (BOTH, "as above"),
         "*CUDA_ROWS*": (BOTH, "a limit of PyTorch's kernels"),
         "*Int4Linear*": (BOTH, "only PyTorch multiplies by 4-bit integers"),
         "*Int8Linear.multiply*": (BOTH, "only PyTorch multiplies 8-bit integers by numbers that are not rounded"),
@@ -297,6 +298,7 @@ SANCTIONED = {
         "*forget_compiled*": (("tf",), "as above; JAX sees by itself that a model has other layers"),
     },
     "checkpoint.py": {
+        "Pretrained.from_pretrained: stays": (BOTH, "the others take no memory that is not their own"),
         "Pretrained.from_pretrained: module": (("tf",), "no weights are laid together there, see layers.py"),
         "*Pretrained.dtype*": (BOTH, "there a model knows its dtype from its maker"),
         "*Pretrained.device*": (BOTH, "the frameworks place arrays themselves"),

@@ -1,6 +1,9 @@
-"""PyTorch's projections of one input: one product in inference, and still three layers to everybody."""
+"""Where PyTorch's weights lie: three projections together, for one product in inference; the rest in their file."""
 
 import copy
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,3 +107,31 @@ def test_a_state_dict_is_saved_as_ever(model, tmp_path):
     loaded = torch.load(tmp_path / "state.pt")
     assert loaded.keys() == model.state_dict().keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux where memory comes from")
+def test_weights_stay_in_the_file_which_stays_as_it_is(tmp_path):
+    """Nothing is copied where nothing is cast; training writes to pages of its own."""
+    shutil.copytree(GOLDENS / "pre_ln" / "safetensors", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    before = file.read_bytes()
+    model = OPTForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    weight = model.model.decoder.layers[0].fc1.weight
+    place = next(line for line in Path("/proc/self/maps").read_text().splitlines() if contains(line, weight.data_ptr()))
+    assert place.endswith("model.safetensors")
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight += 1
+    assert file.read_bytes() == before
+    model.save_pretrained(tmp_path / "other")
+    again = OPTForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
+    torch.testing.assert_close(again.model.decoder.layers[0].fc1.weight, kept + 1, rtol=0, atol=0)
+    # Replaced as this package replaces files, the old one lives on for those who have it.
+    (tmp_path / "new").write_bytes(bytes(len(before)))
+    (tmp_path / "new").replace(file)
+    torch.testing.assert_close(weight, kept + 1, rtol=0, atol=0)
+
+
+def contains(line, address):
+    start, end = line.split()[0].split("-")
+    return int(start, 16) <= address < int(end, 16)
