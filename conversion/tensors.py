@@ -159,11 +159,12 @@ class MappedFile(mmap.mmap):
             raise CheckpointError(changed_meanwhile([self._path]))
         return data
 
-    def private(self) -> mmap.mmap:
-        """The file mapped once more, to be written to: what is written is this process's own, and never the file's."""
+    def writable(self, array: Array) -> Array:
+        """A contiguous array of this file, to be written to: what is written is the process's own, never the file's."""
         if self._private is None:
             self._private = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
-        return self._private
+        offset = array.ctypes.data - self._address
+        return np.frombuffer(self._private, array.dtype, array.size, offset).reshape(array.shape)
 
     def copy_out(self, address: int, size: int) -> Array:
         """The bytes that are mapped at an address.
@@ -236,15 +237,14 @@ def fetch(array: Array) -> Array:
 
 
 def borrowed(array: Array) -> Array:
-    """The array of a mapped file where it lies, but writable, as `MappedFile.private` says; of others, a copy.
+    """The array of a mapped file where it lies, but writable, as `MappedFile.writable` says; of others, a copy.
 
     The file may be replaced as long as the array is in use, but not be cut short.
     """
     home = _home(array)
     if home is None or array.size == 0 or not array.flags.c_contiguous:
         return fetch(array)
-    offset = array.ctypes.data - home._address
-    return np.frombuffer(home.private(), array.dtype, array.size, offset).reshape(array.shape)
+    return home.writable(array)
 
 
 class FileRows:
