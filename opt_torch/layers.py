@@ -46,14 +46,14 @@ class Together:
 
     def __init__(self, *layers: nn.Module) -> None:
         """Move the weights and biases of layers there. Layers that are no plain `Linear` stay as they are."""
-        self.places: tuple[int, ...] = ()
+        self.places: tuple[tuple[int, int], ...] = ()
         plain = [layer for layer in layers if type(layer) is Linear]
         if not plain or len(plain) < len(layers):
             return
         self.rows = [layer.out_features for layer in plain]
         self.weight = moved_together([layer.weight for layer in plain])
         self.bias = None if plain[0].bias is None else moved_together([layer.bias for layer in plain])
-        self.places = tuple(layer.weight.data_ptr() for layer in plain)
+        self.places = tuple(map(places_of, plain))
 
     def __deepcopy__(self, memo: Any) -> "Together":
         # A copied model has copied each matrix by itself.
@@ -63,8 +63,9 @@ class Together:
         """Whether layers are still those, in their places, and nobody wants to hear of their calls."""
         return len(self.places) > 0 and all(
             type(layer) is Linear
-            and layer.weight.data_ptr() == place
+            and places_of(layer) == place
             and type(layer.weight) is nn.Parameter
+            and "forward" not in layer.__dict__
             and not layer._forward_hooks
             and not layer._forward_pre_hooks
             for layer, place in zip(layers, self.places, strict=True)
@@ -75,6 +76,11 @@ class Together:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.holds(*layers):
             return [layer(inputs) for layer in layers]
         return product(inputs, self.weight, self.bias).split(self.rows, dim=-1)
+
+
+def places_of(layer: nn.Linear) -> tuple[int, int]:
+    """Where a layer's weight and bias are; 0 for no bias."""
+    return layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()
 
 
 def moved_together(parameters: Sequence[Tensor]) -> Tensor:

@@ -153,6 +153,7 @@ SANCTIONED = {
     "layers.py": {
         "*Together*": (BOTH, "compilers need no help with calls; a product's cost is in the reading of its matrix"),
         "*moved_together*": (BOTH, "as above"),
+        "*places_of*": (BOTH, "as above"),
         "HAS_ONEDNN =": (BOTH, "XLA has one product"),
         "*suits_onednn*": (BOTH, "as above"),
         "*onednn_product*": (BOTH, "as above"),

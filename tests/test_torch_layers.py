@@ -85,6 +85,21 @@ def test_new_weights_are_read(model):
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_new_bias_is_read(model):
+    layer = projections(model)[1]
+    layer.bias = torch.nn.Parameter(layer.bias.detach() + 1)
+    assert not are_together(model)
+    torch.testing.assert_close(logits(model), logits(apart(model)), rtol=0, atol=0)
+
+
+def test_a_forward_of_its_own_is_called(model):
+    layer = projections(model)[2]
+    forward, called = layer.forward, []
+    layer.forward = lambda inputs: called.append(1) or forward(inputs)
+    logits(model)
+    assert called == [1]
+
+
 def test_hooks_hear_of_their_calls(model):
     heard = []
     projections(model)[2].register_forward_hook(lambda *_: heard.append(1))
