@@ -29,7 +29,7 @@ from conversion.formats import (
 )
 from conversion.identity import identities
 from conversion.metaseq_config import config_of
-from conversion.tensors import Array, FileRows, Reader, TensorInfo, borrowed, fetch
+from conversion.tensors import Array, FileRows, Reader, TensorInfo, borrowed, fetch, frozen
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
 from opt_common.hub import CONFIG_FILE, METASEQ, QUANTIZED, find_weights, read_index, states_its_config
@@ -217,7 +217,8 @@ class Checkpoint:
         The array is read-only and may be a view, of any strides, of the mapped file; it stays valid after `close`.
         """
         if name in self._rounded:
-            return dequantize([fetch(part) for part in self._rounded[name].read()])
+            rounded = self._rounded[name]
+            return frozen(dequantize([FileRows(part) for part in rounded.read()], rounded.shape))
         reader, native, transposed = self._tensors[name]
         array = reader.read(native)
         return array.T if transposed else array

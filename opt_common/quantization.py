@@ -62,7 +62,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Rows(Protocol):
-    """A matrix of floating-point numbers, of which a stretch of rows is asked for at a time: an array, or a file."""
+    """A matrix, of which a stretch of rows is asked for at a time: an array, or a file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -229,7 +229,7 @@ def recognise_parts(
         raise CheckpointError(f"{name} has no {' and no '.join(missing)}. Fetch the checkpoint again.")
     _, codes_shape = found[parts[0][0]]
     shape = codes_shape if storage == "int8" or len(codes_shape) != 2 else (codes_shape[0], 2 * codes_shape[1])
-    fits = len(shape) == 2 and (storage == "int8" or shape[1] % GROUP_SIZE == 0)
+    fits = len(shape) == 2 and min(shape) > 0 and (storage == "int8" or shape[1] % GROUP_SIZE == 0)
     for part, dtype, shape_of in parts:
         has_dtype, has_shape = found[part]
         if not fits or has_dtype != dtype or has_shape != shape_of(*shape):
@@ -252,11 +252,18 @@ def check_parts(name: str, parts: Sequence[npt.NDArray[Any]]) -> None:
         raise CheckpointError(f"{name} has scales or offsets that are not finite. Fetch the checkpoint again.")
 
 
-def dequantize(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
-    """The matrix that stored parts stand for."""
-    if len(parts) == len(_PARTS["int8"]):
-        return dequantize_rows(parts[0], parts[1])
-    return dequantize_groups(unpack(parts[0]), *(part.astype(np.float32) for part in parts[1:]))
+def dequantize(parts: Sequence[Rows], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """The matrix that stored parts stand for, of a shape."""
+    weight_FD = np.empty(shape, dtype=np.float32)
+    step = max(1, _BLOCK_BYTES // weight_FD[:1].nbytes)
+    for start in range(0, len(weight_FD), step):
+        codes, *others = (part[start : start + step] for part in parts)
+        if len(parts) == len(_PARTS["int8"]):
+            weight_FD[start : start + step] = dequantize_rows(codes, others[0])
+        else:
+            scales_FG, offsets_FG = (part.astype(np.float32) for part in others)
+            weight_FD[start : start + step] = dequantize_groups(unpack(codes), scales_FG, offsets_FG)
+    return weight_FD
 
 
 def pack(codes_FD: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -145,7 +145,7 @@ class Pretrained:
             directory,
             config,
             table,
-            lambda parameter: stored(self, parameter),
+            lambda parameter: stored_value(self, parameter),
             format=format,
             dtype=dtype or find(self, never_quantized(table)).dtype.name,
             max_shard_size=max_shard_size,
@@ -166,7 +166,7 @@ def assign(model: Any, parameter: Parameter, array: Array) -> None:
     setattr(module, leaf, nnx.Param(array))
 
 
-def stored(model: Any, parameter: Parameter) -> np.ndarray:
+def stored_value(model: Any, parameter: Parameter) -> np.ndarray:
     """What a checkpoint holds of a model for a row of its table: a parameter, or a part of a quantised matrix."""
     if isinstance(parameter, StoredPart):
         layer = local_place(model, parameter.whole)[0]

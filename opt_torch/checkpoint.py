@@ -162,7 +162,7 @@ class Pretrained:
             directory,
             config,
             table,
-            lambda parameter: to_numpy(stored(self, parameter)),
+            lambda parameter: to_numpy(stored_value(self, parameter)),
             format=format,
             dtype=dtype or str(self.dtype).removeprefix("torch."),
             max_shard_size=max_shard_size,
@@ -183,7 +183,7 @@ def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(tensor))
 
 
-def stored(model: Any, parameter: Parameter) -> Tensor:
+def stored_value(model: Any, parameter: Parameter) -> Tensor:
     """What a checkpoint holds of a model for a row of its table: a parameter, or a part of a quantised matrix."""
     if isinstance(parameter, StoredPart):
         layer: Any = local_place(model, parameter.whole)[0]

@@ -268,7 +268,7 @@ def test_a_conversion_to_numbers_is_asked_for(rounded, scheme, tmp_path, capsys)
         assert {checkpoint.info(name).dtype.name for name in checkpoint.names} == {"float32"}
         for parameter in parameter_table(SMALL):
             if (own := quantization.storage_of(parameter, STORAGES[scheme])) is not None:
-                weight = quantization.dequantize(ours.stored(parameter.name))
+                weight = quantization.dequantize(ours.stored(parameter.name), parameter.shape)
                 np.testing.assert_array_equal(checkpoint.read(parameter.name), weight)
                 assert ours.storage_of(parameter.name) == own
     assert main(["convert", source, str(tmp_path / "b"), "--to", QUANTIZED, "--verify"]) == 0
@@ -349,6 +349,8 @@ DAMAGED = {
     "a vector": ("int8", put(CODES, lambda a: a[0]), r"int8_codes is int8 \[64\], expected int8 of a matrix"),
     "a scalar": ("int8", put(CODES, lambda a: np.array(a[0, 0])), r"int8_codes is int8 \[\], expected int8 of"),
     "another width": ("int8", put(CODES, lambda a: a[:, 1:]), r"shape: model.* is \[96, 63\], expected \[96, 64\]"),
+    "no rows": ("int8", put(CODES, lambda a: a[:0]), r"int8_codes is int8 \[0, 64\], expected int8 of a matrix"),
+    "no columns": ("int4", put(f"{MATRIX}.int4_codes", lambda a: a[:, :0]), r"\[96, 0\], expected uint8 of a matrix"),
     "no whole groups": ("int4", put(f"{MATRIX}.int4_codes", lambda a: a[:, 1:]), r"\[96, 31\], expected uint8 of a"),
     "infinite scale": ("int8", put(SCALES, with_number(np.inf)), "scales or offsets that are not finite"),
     "no number": ("int4", put(f"{MATRIX}.int4_offsets", with_number(np.nan)), "scales or offsets that are not finite"),
@@ -371,7 +373,8 @@ DAMAGED = {
 
 
 def replaced_by_rows(tensors):
-    weight = quantization.dequantize([tensors.pop(f"{MATRIX}.int4_{part}") for part in ("codes", "scales", "offsets")])
+    parts = [tensors.pop(f"{MATRIX}.int4_{part}") for part in ("codes", "scales", "offsets")]
+    weight = quantization.dequantize(parts, (96, 64))
     return dict(zip((CODES, SCALES), quantization.quantize_rows(weight), strict=True))
 
 

@@ -312,7 +312,7 @@ SANCTIONED = {
         "*(rngs)": (("flax",), "dropout's random numbers"),
         "Pretrained.from_pretrained: *": (BOTH, "an array, where PyTorch has a tensor"),
         "*assign*": (BOTH, "as above"),
-        "stored: tensor": (BOTH, "only PyTorch has bitsandbytes"),
+        "stored_value: tensor": (BOTH, "only PyTorch has bitsandbytes"),
         "*to_tensor*": (BOTH, "as above"),
         "*to_array*": (BOTH, "as above"),
         "*to_numpy*": (BOTH, "as above"),
