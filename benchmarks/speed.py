@@ -26,10 +26,20 @@ from benchmarks.checkpoints import make
 from conversion import convert
 from opt_common import OPTConfig
 from opt_common.config import SIZES
+from opt_common.hub import QUANTIZED
 from opt_common.workloads import BITS, DEFAULT_WORKLOADS, Workload, timing
 
 FORMATS = {"hf_tf": "tf", "hf_flax": "flax", "ct2": "ct2"}
 """What a system reads, if not safetensors."""
+
+SAVE_QUANTIZED = """\
+import sys
+from opt_torch import OPTForCausalLM
+
+source, target, bits = sys.argv[1:]
+OPTForCausalLM.from_pretrained(source, dtype="float32", quantization=bits).save_pretrained(target)
+"""
+"""A program that rounds a checkpoint and saves it."""
 
 STARTS = ("import", "first logits")
 """What new processes are timed on, in place of workloads."""
@@ -90,6 +100,12 @@ def checkpoint_for(name: str, shape: str, stored: str, work: Path, python: str) 
     target = work / f"{shape}-{stored}-{wanted}"
     if wanted == "safetensors":
         return source
+    if wanted == QUANTIZED:
+        bits = name.split(":")[2]
+        target = target.with_name(f"{target.name}-{bits}")
+        if not target.exists():
+            subprocess.run([sys.executable, "-c", SAVE_QUANTIZED, source, target, bits], check=True)
+        return target
     if not target.exists() and wanted == "ct2":
         write_vocabulary(source)
         converter = Path(python).parent / "ct2-transformers-converter"

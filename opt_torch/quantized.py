@@ -174,10 +174,9 @@ class Int4Linear(nn.Module):
             return self.scales_GF2[:, :, index - 1].T.contiguous()
         codes_FX = torch.empty_like(self.packed)
         for block in blocks(len(codes_FX), KERNEL_BLOCK):
-            packed = self.packed[block].numpy()
-            codes = np.empty((len(packed), self.in_features), np.uint8)
-            codes.reshape(-1)[kernel_order(*codes.shape)] = unpack(packed).reshape(-1)
-            codes_FX[block] = torch.from_numpy(pack(codes))
+            kernel_FD = unpack(self.packed[block].numpy())
+            codes_FD = kernel_FD.reshape(-1)[kernel_order(*kernel_FD.shape)].reshape(kernel_FD.shape)
+            codes_FX[block] = torch.from_numpy(pack(codes_FD))
         return codes_FX
 
     def start(self, rows: int, columns: int, device: Any) -> None:
@@ -253,17 +252,19 @@ def blocks(rows: int, step: int) -> Iterator[slice]:
 
 @functools.lru_cache(maxsize=4)
 def kernel_order(rows: int, columns: int) -> np.ndarray:
-    """Which 4-bit integer of a block, counted row by row, is where `unpack` reads the kernel's bytes.
+    """Where each 4-bit integer of a block, counted row by row, is in what `unpack` reads of the kernel's bytes.
 
     PyTorch has a function that orders integers and none that puts them back, and orders them otherwise on other
-    processors. So the places themselves are ordered, four bits of their numbers at a time.
+    processors. So the numbers of their places are ordered, four bits at a time.
     """
     places = torch.arange(rows * columns, dtype=torch.int32)
-    order = np.zeros(rows * columns, np.int64)
+    ordered = np.zeros(rows * columns, np.int64)
     for shift in range(0, (rows * columns - 1).bit_length(), 4):
         digits = (places >> shift & 15).view(rows, columns)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digits, 1)
-        order |= unpack(packed.numpy()).reshape(-1).astype(np.int64) << shift
+        ordered |= unpack(packed.numpy()).reshape(-1).astype(np.int64) << shift
+    order = np.empty_like(ordered)
+    order[ordered] = places.numpy()
     return order
 
 
