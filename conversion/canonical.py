@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
 from opt_common.params import HEAD_MODULES, LEAVES, Parameter, Scheme, module_kind, parameter_table
+from opt_common.quantization import split_part
 
 DECODER = ("model", "decoder")
 """The path of the decoder in a language model, in front of every tensor but the heads'."""
@@ -105,6 +106,9 @@ def to_canonical(native: str, scheme: Scheme) -> CanonicalName:
             in front of that; in a Keras file also a scope, which is dropped whatever it is.
         scheme: whose leaf names the file has.
     """
+    whole, part = split_part(native)
+    if part is not None and scheme == "torch":
+        return CanonicalName(f"{to_canonical(whole, scheme).name}.{part}", transposed=False)
     *module, leaf = _without_scope(_without_wrappers(_split(native)), scheme)
     if len(module) == 0:
         return CanonicalName(native, transposed=False)

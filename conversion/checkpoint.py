@@ -5,6 +5,7 @@ with open_checkpoint("opt-125m") as checkpoint:
     weight = checkpoint.read("model.decoder.layers.0.fc1.weight")
 """
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -28,10 +29,10 @@ from conversion.formats import (
 )
 from conversion.identity import identities
 from conversion.metaseq_config import config_of
-from conversion.tensors import Array, FileRows, Reader, TensorInfo, borrowed, fetch
+from conversion.tensors import Array, FileRows, Reader, TensorInfo, borrowed, fetch, frozen
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, ConfigError, join_problems
-from opt_common.hub import CONFIG_FILE, METASEQ, find_weights, read_index, states_its_config
+from opt_common.hub import CONFIG_FILE, METASEQ, QUANTIZED, find_weights, read_index, states_its_config
 from opt_common.links import refuse_links_outside
 from opt_common.native_files import (
     KERAS,
@@ -46,12 +47,14 @@ from opt_common.native_files import (
     orbax_directory,
 )
 from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
+from opt_common.quantization import check_parts, dequantize, recognise_parts, split_part, storage_of
 
 READERS: Mapping[str, Callable[[Path], Reader]] = {
     "safetensors": safetensors_file.open_reader,
     "torch": torch_file.open_reader,
     "tf": hdf5_file.open_reader,
     "flax": msgpack_file.open_reader,
+    QUANTIZED: safetensors_file.open_reader,
     KERAS: keras_file.open_reader,
     KERAS_HUB: keras_hub_file.open_reader,
     ORBAX: orbax_file.open_reader,
@@ -69,18 +72,42 @@ _FORMAT_OF_SUFFIX = {
 _COMPARED_ELEMENTS = 1 << 20
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of a checkpoint as it is in the files: its canonical name, that of the file, dtype and shape."""
+
+    name: str
+    native_name: str
+    info: TensorInfo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rounded:
+    """A quantised matrix: how it is stored, its shape, and the readers of its parts with the names there, in order."""
+
+    storage: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, Reader, str], ...]
+
+    def read(self) -> list[Array]:
+        return [reader.read(native) for _, reader, native in self.parts]
+
+
 class Checkpoint:
     """An open checkpoint: one file or all shards, under canonical names. Close it, or use it in a `with` statement.
 
     Attributes:
         config: the configuration of the model.
-        format: "safetensors", "torch", "tf", "flax", "metaseq", "keras", "keras-hub" or "orbax".
+        format: "safetensors", "torch", "tf", "flax", "quantized", "metaseq", "keras", "keras-hub" or "orbax".
         files: the weight files; for Orbax the directory.
         identities: what the file system noted of them before they were opened.
         names: canonical names of all tensors, in the order of the files. A tensor that the package knows nothing about
             keeps its native name.
         head: what stands on the decoder, by the class in the configuration, or else by the tensors.
         left_out: native names of the tensors of a BLIP-2 checkpoint that are not its language model's.
+
+    A quantised matrix has one name, as any other; `read`, `info` and the like give the numbers that its integers stand
+    for, in float32, and `stored` gives the integers.
     """
 
     def __init__(self, config: OPTConfig | None, format_name: str, files: tuple[Path, ...]) -> None:
@@ -90,6 +117,7 @@ class Checkpoint:
         self.identities = identities(files)
         self._readers: list[Reader] = []
         self._tensors: dict[str, tuple[Reader, str, bool]] = {}
+        self._rounded: dict[str, _Rounded] = {}
         try:
             if format_name == METASEQ:
                 reader = metaseq_file.MetaseqReader(files)
@@ -104,6 +132,7 @@ class Checkpoint:
             # Only weights that state it themselves are opened without one.
             config = config or _config_beside(files[0])
             self.config: OPTConfig = config
+            self._gather_parts()
             self._check_layers()
             self.left_out = self._leave_out()
             self._settle_head()
@@ -130,14 +159,56 @@ class Checkpoint:
         heads: list[Head] = [head for name in self.names if (head := head_of(name)) is not None]
         return heads[0] if heads else "lm"
 
+    @property
+    def storage(self) -> str | None:
+        """How the matrices are stored: "int8" or "int4" for quantised ones, else None."""
+        storages = {rounded.storage for rounded in self._rounded.values()}
+        # The token table of any is in 8 bits.
+        return "int4" if "int4" in storages else next(iter(storages), None)
+
+    def storage_of(self, name: str) -> str | None:
+        """The same of one tensor."""
+        return self._rounded[name].storage if name in self._rounded else None
+
+    def stored(self, name: str) -> list[Array]:
+        """The parts of a quantised matrix, in the order of `opt_common.quantization.stored_parts`, in their own memory.
+
+        Raises:
+            CheckpointError: if a scale is no number.
+        """
+        parts = [fetch(part) for part in self._rounded[name].read()]
+        check_parts(name, parts)
+        return parts
+
+    def stored_part(self, name: str, index: int) -> Array:
+        """One part of a quantised matrix as `read` gives any tensor."""
+        _, reader, native = self._rounded[name].parts[index]
+        return reader.read(native)
+
+    def stored_tensors(self) -> tuple[StoredTensor, ...]:
+        """Every tensor as it is in the files, in their order: of a quantised matrix its parts."""
+        found: list[StoredTensor] = []
+        for name in self.names:
+            if name in self._rounded:
+                parts = self._rounded[name].parts
+                found += [
+                    StoredTensor(name=f"{name}.{part}", native_name=native, info=reader.tensors[native])
+                    for part, reader, native in parts
+                ]
+            else:
+                found.append(StoredTensor(name=name, native_name=self.native_name(name), info=self.info(name)))
+        return tuple(found)
+
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor in the canonical layout, without reading it."""
+        if name in self._rounded:
+            return TensorInfo(np.dtype(np.float32), self._rounded[name].shape)
         reader, native, transposed = self._tensors[name]
         info = reader.tensors[native]
         return TensorInfo(info.dtype, info.shape[::-1]) if transposed else info
 
     def native_name(self, name: str) -> str:
-        """What the file calls a tensor."""
+        """What the file calls a tensor; of a quantised matrix, its integers."""
         return self._tensors[name][1]
 
     def read(self, name: str) -> Array:
@@ -145,6 +216,9 @@ class Checkpoint:
 
         The array is read-only and may be a view, of any strides, of the mapped file; it stays valid after `close`.
         """
+        if name in self._rounded:
+            rounded = self._rounded[name]
+            return frozen(dequantize([FileRows(part) for part in rounded.read()], rounded.shape))
         reader, native, transposed = self._tensors[name]
         array = reader.read(native)
         return array.T if transposed else array
@@ -185,6 +259,30 @@ class Checkpoint:
             flip = transposed and len(reader.tensors[native].shape) == 2
             self._tensors[name] = (reader, native, flip)
 
+    def _gather_parts(self) -> None:
+        """Put the parts of each quantised matrix together, under its name."""
+        found: dict[str, dict[str, str]] = {}
+        for name in self._tensors:
+            whole, part = split_part(name)
+            if part is not None:
+                found.setdefault(whole, {})[part] = name
+        if not found:
+            return
+        if both := [whole for whole in found if whole in self._tensors]:
+            raise CheckpointError(f"{both[0]} is there twice, quantised and not. Fetch the checkpoint again.")
+        for whole, names in found.items():
+            infos = {part: self.info(name) for part, name in names.items()}
+            described = {part: (info.dtype, info.shape) for part, info in infos.items()}
+            storage, shape, parts = recognise_parts(whole, described)
+            places = tuple((part, *self._tensors[names[part]][:2]) for part in parts)
+            self._rounded[whole] = _Rounded(storage=storage, shape=shape, parts=places)
+        gathered: dict[str, tuple[Reader, str, bool]] = {}
+        for name, place in self._tensors.items():
+            whole, part = split_part(name)
+            gathered[whole] = place if part is None else (*self._rounded[whole].parts[0][1:], False)
+        self._tensors = gathered
+        self.format = QUANTIZED
+
     def _leave_out(self) -> tuple[str, ...]:
         """Take out what BLIP-2 has around its language model. Where there is no such, those names are just unknown."""
         natives = {name: self.native_name(name) for name in self.names}
@@ -211,6 +309,8 @@ class Checkpoint:
         if EMBEDDING not in self._tensors:
             # safetensors' save_model keeps the last name of shared tensors, which is the head's.
             self._tensors = {EMBEDDING: self._tensors.pop(HEAD), **self._tensors}
+            if HEAD in self._rounded:
+                self._rounded[EMBEDDING] = self._rounded.pop(HEAD)
             return
         if not _equal(self.read(HEAD), self.read(EMBEDDING)):
             raise CheckpointError(
@@ -297,7 +397,8 @@ def checked_parameters(
         new: parameters that it need not hold, because they are made anew; if it does, they are passed over.
 
     Raises:
-        CheckpointError: naming every missing, unexpected and mis-shaped tensor, and every one that isn't floating.
+        CheckpointError: naming every missing, unexpected and mis-shaped tensor, every one that isn't floating, and
+            every one of a quantised checkpoint that is stored otherwise than it should be.
     """
     expected = {parameter.name: parameter for parameter in table}
     present = set(checkpoint.names)
@@ -316,6 +417,10 @@ def checked_parameters(
             problems.append(f"shape: {name} is {list(info.shape)}, expected {list(parameter.shape)}.")
         if not BY_NUMPY[info.dtype].floating:
             problems.append(f"dtype: {name} is {info.dtype}, expected a floating-point type.")
+        if checkpoint.storage is not None:
+            found, wanted = checkpoint.storage_of(name), storage_of(parameter, checkpoint.storage)
+            if found != wanted:
+                problems.append(f"storage: {name} is {found or 'unquantised'}, expected {wanted or 'unquantised'}.")
     if problems:
         advice = _advice(checkpoint, expected, present)
         where = checkpoint.files[0].parent
@@ -376,7 +481,7 @@ def _check_index(index: Path, checkpoint: Checkpoint) -> None:
     scheme = checkpoint.scheme
     promised = canonical_names(read_index(index), scheme)
     held = {*checkpoint.names, *checkpoint.left_out, HEAD, EMBEDDING}
-    if missing := [name for name in promised if name not in held]:
+    if missing := [name for name in promised if split_part(name)[0] not in held]:
         raise CheckpointError(
             f"{index} promises tensors that its shards do not hold: {', '.join(missing[:5])}"
             f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}. Fetch the checkpoint again."

@@ -17,6 +17,7 @@ from conversion.report import show_verification
 from conversion.target import no_room
 from conversion.verify import ALL, Verification, verify
 from opt_common.errors import OPTError
+from opt_common.hub import QUANTIZED
 
 OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
 """Exit codes; `_EPILOGUE` says them to users."""
@@ -46,6 +47,7 @@ examples:
   opt-convert convert my-model my-model-flax --to flax --verify
   opt-convert convert opt-13b/reshard-model_part-0.pt opt-13b-hf --to safetensors
   opt-convert convert my-model my-model-metaseq --to metaseq --model-parts 2
+  opt-convert convert my-model-int8 my-model --to safetensors --dequantize
   opt-convert convert facebook/opt-125m opt-125m-preset --to keras-hub
 """,
     "doctor": """\
@@ -139,7 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("convert", _run_convert, "write a checkpoint in another format; every bit stays as it is")
-    _add_target(command)
+    _add_target(command, *TARGETS, QUANTIZED)
+    command.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="of a SRC in few bits write the numbers, in float32, that its integers stand for",
+    )
     command.add_argument(
         "--dry-run",
         action="store_true",
@@ -151,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("merge-adapter", _run_merge_adapter, "write a base model with a LoRA adapter merged into its weights")
     command.add_argument("adapter", metavar="ADAPTER", help="directory that PEFT or save_adapter wrote")
-    _add_target(command)
+    _add_target(command, *TARGETS)
     _add_common(command)
 
     command = add("doctor", _run_doctor, "look for what is known to be wrong with checkpoints that are about")
@@ -180,10 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_target(command: argparse.ArgumentParser) -> None:
+def _add_target(command: argparse.ArgumentParser, *formats: str) -> None:
     """What every command that writes a checkpoint takes."""
     command.add_argument("dst", metavar="DST", help="new directory; it appears whole or not at all")
-    command.add_argument("--to", required=True, choices=TARGETS, help="format of the new weights")
+    command.add_argument("--to", required=True, choices=formats, help="format of the new weights")
     command.add_argument("--dtype", help="store float32, float16, bfloat16 or float64; default: as they are")
     command.add_argument("--max-shard-size", metavar="SIZE", help="longest weight file: 5GB (default), 500MB, 1GiB")
     command.add_argument(
@@ -233,7 +240,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> int:
-    options = _writing_options(arguments)
+    options = {**_writing_options(arguments), "dequantize": arguments.dequantize}
     if arguments.dry_run:
         return _show_plan(plan_conversion(arguments.src, arguments.dst, arguments.to, **options), arguments)
     options.update(resume=arguments.resume, progress=not arguments.quiet)

@@ -11,14 +11,14 @@ from typing import Any, cast
 from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.dtypes import parse_dtype
 from conversion.formats.keras_hub_file import TOKENIZER_ASSETS
-from conversion.merge import Weights, merged_weights, weights_of
+from conversion.merge import Weights, merged_weights, quantized_weights_of, weights_of
 from conversion.plan import DEFAULT_SHARD_SIZE, Plan, documents_of, make_plan
 from conversion.target import check_target, free_bytes, needed_bytes, resolved
 from conversion.unfinished import is_left_to_publish
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
-from opt_common.hub import GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_FILES, resolve
+from opt_common.hub import GENERATION_CONFIG_FILE, QUANTIZED, TOKENIZER_FILE, TOKENIZER_FILES, resolve
 from opt_common.native_files import KERAS_HUB, home_of, is_keras_hub
 from opt_common.params import ARCHITECTURES, Head
 
@@ -109,6 +109,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
     model_parts: int | None = None,
+    dequantize: bool = False,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
     resume: bool = False,
@@ -120,10 +121,11 @@ def convert(
     Args:
         src: a directory, a weight file beside its `config.json`, or a hub id.
         dst: the new directory. It appears whole or not at all.
-        to: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
+        to: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub"; or "quantized" for a source that is.
         dtype: floating-point type to store, the only thing that can lose precision; None keeps each tensor's.
         max_shard_size: longest weight file, such as "5GB", "500MB" or "1GiB"; default 5 GB.
         model_parts: number of metaseq's model-parallel parts; default one file without a number.
+        dequantize: write the numbers, in float32, that the integers of a quantised source stand for.
         config: a configuration file to use in place of the one beside the weights.
         force: replace the files of the same names if `dst` exists. Others in it are never touched.
         resume: go on with what an interrupted call with the same arguments has left beside `dst`: weight files that
@@ -140,7 +142,7 @@ def convert(
             the error says where. Otherwise nothing is left behind.
     """
     options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
-    with _prepared(src, dst, to, *options) as prepared:
+    with _prepared(src, dst, to, *options, dequantize=dequantize) as prepared:
         return _carry_out(prepared, progress=progress, resume=resume)
 
 
@@ -181,7 +183,7 @@ def merge_adapter(
         OSError: as `convert`.
     """
     options = (dtype, max_shard_size, model_parts, config, force or (resume and is_left_to_publish(Path(dst))), hub)
-    with _prepared(base, dst, to, *options, adapter) as prepared:
+    with _prepared(base, dst, to, *options, adapter=adapter) as prepared:
         return _carry_out(prepared, progress=progress, resume=resume)
 
 
@@ -210,6 +212,7 @@ def plan_conversion(
     dtype: str | None = None,
     max_shard_size: int | str | None = None,
     model_parts: int | None = None,
+    dequantize: bool = False,
     config: str | os.PathLike[str] | None = None,
     force: bool = False,
     **hub: Any,
@@ -220,7 +223,8 @@ def plan_conversion(
         ConfigError: as `convert`.
         CheckpointError: as `convert`, but for what only shows when tensors are read, and for a disk that is too small.
     """
-    with _prepared(src, dst, to, dtype, max_shard_size, model_parts, config, force, hub) as prepared:
+    options = (dtype, max_shard_size, model_parts, config, force, hub)
+    with _prepared(src, dst, to, *options, dequantize=dequantize) as prepared:
         plan = prepared.plan
         return PlannedConversion(
             source=prepared.checkpoint.files,
@@ -283,15 +287,18 @@ def _prepared(
     config: str | os.PathLike[str] | None,
     force: bool,
     hub: Mapping[str, Any],
+    *,
+    dequantize: bool = False,
     adapter: str | os.PathLike[str] | None = None,
 ) -> Generator[_Prepared]:
-    """Open and check the source, plan and check the target; the arguments are those of `merge_adapter`."""
+    """Open and check the source, plan and check the target; the arguments are those of `convert` or `merge_adapter`."""
     source, target = locate(src, config=config, **hub), Path(dst)
     _check_places(source, target, force=force)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(source, config=config))
         merged = None if adapter is None else stack.enter_context(merged_weights(checkpoint, adapter))
-        weights = merged or weights_of(checkpoint)
+        choose = quantized_weights_of if to == QUANTIZED else weights_of
+        weights = merged or choose(checkpoint, dequantize=dequantize)
         stored = None if dtype is None else parse_dtype(dtype).numpy
         plan = make_plan(
             weights.config,

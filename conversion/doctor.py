@@ -21,10 +21,11 @@ from conversion.tensors import Array, fetch, pieces
 from conversion.verify import LARGEST_FUNCTION, verify
 from opt_common.config import OPTConfig
 from opt_common.errors import OPTError
-from opt_common.hub import FORMATS, METASEQ
+from opt_common.hub import METASEQ, WEIGHT_FILES
 from opt_common.json_file import read_json
 from opt_common.native_files import home_of
 from opt_common.params import count_parameters, parameter_table
+from opt_common.quantization import storage_problem
 from opt_common.tokenizer import OPTTokenizer
 
 PROBLEM, NOTE, EXPECTED = "problem", "note", "expected"
@@ -130,7 +131,7 @@ def _weights(source: Path) -> list[Path]:
         return [source]
     found = [
         next((source / name for name in (files.single, files.index) if (source / name).is_file()), None)
-        for files in FORMATS.values()
+        for files in WEIGHT_FILES.values()
     ]
     # Without any, opening the directory says what is missing.
     return [path for path in found if path is not None] or [source]
@@ -150,6 +151,7 @@ def _checkpoint_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding
             fits = False
             yield _unreadable(where, error)
     yield from _name_findings(checkpoint, where)
+    yield from _quantization_findings(checkpoint, where)
     numbers = list(_number_findings(checkpoint, where))
     yield from numbers
     if fits and all(finding.state == "norms-of-one" for finding in numbers):
@@ -211,6 +213,16 @@ def _name_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
         if not any(native.startswith("model.") for native in natives):
             what = f"The names lack the prefix 'model.' ({natives[0]}); some other software finds no tensors."
             yield _finding("no-prefix", what, where, rewrite, NOTE)
+
+
+def _quantization_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:
+    if checkpoint.storage is None:
+        return
+    if problem := storage_problem(checkpoint.config, checkpoint.storage):
+        yield _finding("quantization", problem, where, 'Set "quantization" in config.json to what it says.')
+    what = f"The matrices are integers ({checkpoint.storage}), which only this package reads."
+    remedy = f"For other software: `opt-convert convert {where} NEW --to safetensors --dequantize`."
+    yield _finding("quantized", what, where, remedy, NOTE)
 
 
 def _number_findings(checkpoint: Checkpoint, where: str) -> Iterator[Finding]:

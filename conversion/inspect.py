@@ -32,7 +32,7 @@ class Inspection:
         files: the weight files.
         architecture: the class of the model, as PyTorch's is called.
         config: contents of `config.json`, defaults filled in.
-        parameters: number of elements of all tensors.
+        parameters: number of elements of all tensors; a quantised matrix counts as the matrix, without its scales.
         total_bytes: bytes of all tensors.
         dtypes: number of tensors of each dtype.
         tensors: every tensor, in the order of the files.
@@ -76,7 +76,7 @@ def inspect(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | Non
         CheckpointError: if a file can't be read. Tensors that do not fit the configuration are told in the result.
     """
     with open_checkpoint(locate(src, config=config, **hub), config=config) as checkpoint:
-        infos = {name: checkpoint.info(name) for name in checkpoint.names}
+        stored = checkpoint.stored_tensors()
         problem = None
         try:
             table = parameter_table(checkpoint.config, head=checkpoint.head)
@@ -89,14 +89,17 @@ def inspect(src: str | os.PathLike[str], *, config: str | os.PathLike[str] | Non
             files=tuple(str(path) for path in checkpoint.files),
             architecture=ARCHITECTURES[checkpoint.head],
             config=checkpoint.config.to_dict(),
-            parameters=sum(info.size for info in infos.values()),
-            total_bytes=sum(info.nbytes for info in infos.values()),
-            dtypes=dict(Counter(info.dtype.name for info in infos.values())),
+            parameters=sum(checkpoint.info(name).size for name in checkpoint.names),
+            total_bytes=sum(tensor.info.nbytes for tensor in stored),
+            dtypes=dict(Counter(tensor.info.dtype.name for tensor in stored)),
             tensors=tuple(
                 TensorEntry(
-                    name=name, native_name=checkpoint.native_name(name), dtype=info.dtype.name, shape=info.shape
+                    name=tensor.name,
+                    native_name=tensor.native_name,
+                    dtype=tensor.info.dtype.name,
+                    shape=tensor.info.shape,
                 )
-                for name, info in infos.items()
+                for tensor in stored
             ),
             problem=problem,
         )

@@ -15,8 +15,11 @@ from conversion.identity import Identity, identities
 from conversion.plan import ReadParameter
 from conversion.tensors import Array, fetch, to_dtype
 from opt_common.config import OPTConfig
+from opt_common.errors import CheckpointError
+from opt_common.hub import QUANTIZED
 from opt_common.lora import STORED_PREFIX, AdaptedLayer, AdapterTable
 from opt_common.params import Head, Parameter, parameter_table
+from opt_common.quantization import StoredPart, stored_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,8 @@ class Weights:
     Attributes:
         config: the model's configuration.
         head: what stands on the decoder.
-        table: the parameters.
-        dtypes: the type of each, by canonical name.
+        table: the parameters; of quantised matrices that stay so, their parts.
+        dtypes: the type of each, by canonical name; parts have their own.
         read: gives each, in the canonical layout and in that type.
         identities: what the file system noted of the files before they were opened.
     """
@@ -40,20 +43,64 @@ class Weights:
     identities: Mapping[Path, Identity]
 
 
-def weights_of(checkpoint: Checkpoint) -> Weights:
+def weights_of(checkpoint: Checkpoint, *, dequantize: bool = False) -> Weights:
     """The parameters of a checkpoint as they are.
 
+    Args:
+        checkpoint: what holds them.
+        dequantize: whether matrices that are quantised become the numbers that they stand for, in float32.
+
     Raises:
-        CheckpointError: if they do not fit its configuration.
+        CheckpointError: if they do not fit its configuration, or they are quantised and that is not asked for.
     """
+    where = checkpoint.files[0].parent
+    if dequantize and checkpoint.storage is None:
+        raise CheckpointError(f"{where} holds no quantised weights. Leave out --dequantize (dequantize=True).")
+    if checkpoint.storage is not None and not dequantize:
+        raise CheckpointError(
+            f"{where} is quantised ({checkpoint.storage}), which this format is not. Use --dequantize "
+            f"(dequantize=True) for the numbers that its integers stand for, or --to {QUANTIZED} for a copy."
+        )
     table = parameter_table(checkpoint.config, head=checkpoint.head)
     checked_parameters(checkpoint, table, other_heads=False)
     return Weights(
-        config=checkpoint.config,
+        config=checkpoint.config.replace(quantization=None) if dequantize else checkpoint.config,
         head=checkpoint.head,
         table=table,
         dtypes={parameter.name: checkpoint.info(parameter.name).dtype for parameter in table},
         read=lambda parameter: checkpoint.read(parameter.name),
+        identities=checkpoint.identities,
+    )
+
+
+def quantized_weights_of(checkpoint: Checkpoint, *, dequantize: bool = False) -> Weights:
+    """The same of a quantised checkpoint, whose matrices stay their parts.
+
+    Raises:
+        CheckpointError: if they do not fit its configuration, or are not quantised, or are asked not to be.
+    """
+    if dequantize or checkpoint.storage is None:
+        raise CheckpointError(
+            f"--to {QUANTIZED} copies quantised weights as they are: leave out --dequantize."
+            if dequantize
+            else f"{checkpoint.files[0].parent} is not quantised, and --to {QUANTIZED} rounds nothing. Load it with "
+            f"quantization=…, and save_pretrained."
+        )
+    table = parameter_table(checkpoint.config, head=checkpoint.head)
+    checked_parameters(checkpoint, table, other_heads=False)
+    kept = {parameter.name for parameter in table if checkpoint.storage_of(parameter.name) is None}
+
+    def read(parameter: Parameter) -> Array:
+        if isinstance(parameter, StoredPart):
+            return checkpoint.stored_part(parameter.whole.name, parameter.index)
+        return checkpoint.read(parameter.name)
+
+    return Weights(
+        config=checkpoint.config,
+        head=checkpoint.head,
+        table=stored_table(table, checkpoint.storage),
+        dtypes={name: checkpoint.info(name).dtype for name in kept},
+        read=read,
         identities=checkpoint.identities,
     )
 
@@ -68,8 +115,13 @@ def merged_weights(checkpoint: Checkpoint, directory: str | os.PathLike[str]) ->
 
     Raises:
         ConfigError: if the adapter asks for what is not supported.
-        CheckpointError: if base or adapter is damaged, or they do not fit each other.
+        CheckpointError: if base or adapter is damaged, they do not fit each other, or the base is quantised.
     """
+    if checkpoint.storage is not None:
+        raise CheckpointError(
+            f"{checkpoint.files[0].parent} is quantised ({checkpoint.storage}), so that nothing can be merged into it. "
+            "Merge into the checkpoint that it was rounded from."
+        )
     found = identities([Path(directory)])
     with open_adapter(directory) as adapter:
         config, head = _config_of(checkpoint, adapter), adapter.head or checkpoint.head

@@ -23,14 +23,15 @@ from conversion.metaseq_config import arguments_of
 from conversion.tensors import Array, ReadNative, TensorInfo, TensorSpec, contiguous, fetch
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError, join_problems
-from opt_common.hub import CONFIG_FILE, FORMATS, METASEQ, TOKENIZER_FILE
+from opt_common.hub import CONFIG_FILE, FORMATS, METASEQ, QUANTIZED, TOKENIZER_FILE, WEIGHT_FILES
 from opt_common.native_files import KERAS_HUB
 from opt_common.params import ARCHITECTURES, Head, Parameter, Scheme, head_of
+from opt_common.quantization import StoredPart
 
 DEFAULT_SHARD_SIZE = "5GB"
 
 TARGETS = (*FORMATS, METASEQ, KERAS_HUB)
-"""Every format that can be written."""
+"""Every format in which numbers can be written; `QUANTIZED` holds integers."""
 
 _UNITS = {
     "": 1,
@@ -71,9 +72,10 @@ FORMAT_MODULES: Mapping[str, _Format] = {
     "torch": torch_file,
     "tf": hdf5_file,
     "flax": msgpack_file,
+    QUANTIZED: safetensors_file,
     KERAS_HUB: keras_hub_file,
 }
-_SEPARATORS = {"safetensors": ".", "torch": ".", "tf": "/", "flax": "/"}
+_SEPARATORS = {"safetensors": ".", "torch": ".", "tf": "/", "flax": "/", QUANTIZED: "."}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Plan:
 
     Attributes:
         config: the configuration as it will be written.
-        format: one of `TARGETS`.
+        format: one of `TARGETS`, or `QUANTIZED`.
         head: what stands on the decoder, None for nothing.
         shards: the tensors of each weight file.
         files: names of the weight files.
@@ -130,7 +132,7 @@ class Plan:
     @property
     def index(self) -> str | None:
         """Name of the index of the weight files, where there is one."""
-        return FORMATS[self.format].index if self.format in FORMATS and len(self.files) > 1 else None
+        return WEIGHT_FILES[self.format].index if self.format in WEIGHT_FILES and len(self.files) > 1 else None
 
     @property
     def key_file(self) -> str:
@@ -157,9 +159,9 @@ def make_plan(
 
     Args:
         config: the model's configuration.
-        table: the parameters, from `parameter_table(config, head=…)`.
-        dtypes: floating-point type of each parameter in the file, by canonical name.
-        format_name: one of `TARGETS`.
+        table: the parameters, from `parameter_table(config, head=…)`; for `QUANTIZED`, from `stored_table`.
+        dtypes: floating-point type of each parameter in the file, by canonical name; parts of matrices have their own.
+        format_name: one of `TARGETS`, or `QUANTIZED`.
         max_shard_size: longest weight file.
         bare: as for `save_checkpoint`.
         model_parts: as for `save_checkpoint`.
@@ -167,8 +169,12 @@ def make_plan(
     Raises:
         CheckpointError: for an unknown format, dtype or size, and for parts that the model can't be split into.
     """
-    if format_name not in TARGETS:
-        raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join(TARGETS)}.")
+    if format_name not in (*TARGETS, QUANTIZED):
+        raise CheckpointError(f"format is {format_name!r}, expected one of {', '.join((*TARGETS, QUANTIZED))}.")
+    if format_name == QUANTIZED and not any(isinstance(parameter, StoredPart) for parameter in table):
+        raise CheckpointError(
+            f"format is {QUANTIZED!r}, but the weights are not quantised. Load them with quantization=…, and save that."
+        )
     if model_parts is not None and format_name != METASEQ:
         raise CheckpointError(f"Only metaseq has model parts; {format_name} is split by max_shard_size.")
     heads: list[Head] = [head for parameter in table if (head := head_of(parameter.name)) is not None]
@@ -184,11 +190,11 @@ def make_plan(
         if limit != parse_size(DEFAULT_SHARD_SIZE):
             raise CheckpointError("A preset of KerasHub is written as one file; leave max_shard_size.")
         return _keras_hub_plan(config, table, dtypes, head=head)
-    tensors = [_tensor(parameter, dtypes[parameter.name], format_name, bare=head is None) for parameter in table]
+    tensors = [_tensor(parameter, dtypes.get(parameter.name), format_name, bare=head is None) for parameter in table]
     shards = _fill_shards(tensors, limit)
     if format_name == "torch" and config.tie_word_embeddings and head == "lm":
         shards = _with_tied_head(shards)
-    names = FORMATS[format_name]
+    names = WEIGHT_FILES[format_name]
     single = len(shards) == 1
     if format_name == "tf" and single:
         shards = [[_with_scope(tensor, head) for tensor in shards[0]]]
@@ -213,9 +219,13 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def _tensor(parameter: Parameter, dtype: np.dtype[Any], format_name: str, *, bare: bool) -> Tensor:
+def _tensor(parameter: Parameter, dtype: np.dtype[Any] | None, format_name: str, *, bare: bool) -> Tensor:
     module = FORMAT_MODULES[format_name]
-    _check_floating(parameter, dtype)
+    if isinstance(parameter, StoredPart):
+        dtype = parameter.dtype
+    else:
+        assert dtype is not None, parameter.name
+        _check_floating(parameter, dtype)
     transposed = parameter.transposed(module.SCHEME)
     info = TensorInfo(dtype, parameter.shape[::-1] if transposed else parameter.shape)
     name = _SEPARATORS[format_name].join(_segments(to_native(parameter, module.SCHEME, bare=bare), module.SCHEME))

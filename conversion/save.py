@@ -9,8 +9,9 @@ from conversion.dtypes import parse_dtype
 from conversion.plan import DEFAULT_SHARD_SIZE, ReadParameter, documents_of, json_bytes, make_plan
 from conversion.write import write_plan
 from opt_common.config import OPTConfig
-from opt_common.hub import GENERATION_CONFIG_FILE
+from opt_common.hub import GENERATION_CONFIG_FILE, QUANTIZED
 from opt_common.params import Parameter
+from opt_common.quantization import STORAGES, StoredPart, stored_table
 
 
 def save_checkpoint(
@@ -35,8 +36,9 @@ def save_checkpoint(
         directory: where to; made, with its parents, if it does not exist.
         config: the model's configuration.
         table: the parameters to write, from `parameter_table(config, head=…)`.
-        read: gives each parameter; called once for each file that has some of it.
-        format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
+        read: gives each parameter; called once for each file that has some of it. For "quantized" it is asked for the
+            parts of quantised matrices, each an `opt_common.quantization.StoredPart`.
+        format: "safetensors", "torch", "tf", "flax", "metaseq", "keras-hub" or "quantized".
         dtype: floating-point type of the file; None keeps that of each array, which is asked for once more than
             `read` is otherwise called.
         max_shard_size: longest weight file, as bytes or as "5GB", "500MB", "1GiB"; default `DEFAULT_SHARD_SIZE`.
@@ -51,7 +53,10 @@ def save_checkpoint(
         OSError: if the disk is full or not writable; nothing has been changed then.
     """
     stored = None if dtype is None else parse_dtype(dtype).numpy
-    dtypes = {parameter.name: stored or read(parameter).dtype for parameter in table}
+    if format == QUANTIZED and config.quantization is not None:
+        table = stored_table(table, STORAGES[config.quantization])
+    plain = (parameter for parameter in table if not isinstance(parameter, StoredPart))
+    dtypes = {parameter.name: stored or read(parameter).dtype for parameter in plain}
     limit = max_shard_size if max_shard_size is not None else DEFAULT_SHARD_SIZE
     plan = make_plan(
         config, table, dtypes, format_name=format, max_shard_size=limit, bare=bare, model_parts=model_parts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conversion.plan import Plan
 from opt_common.errors import CheckpointError
-from opt_common.hub import FORMATS, MetaseqName
+from opt_common.hub import WEIGHT_FILES, MetaseqName
 from opt_common.native_files import KERAS_ARCHIVE, KERAS_INDEX, KERAS_WEIGHTS
 
 _OVERHEAD_BYTES = 4096
@@ -91,7 +91,7 @@ def _is_weights(name: str) -> bool:
     if name.endswith((KERAS_WEIGHTS, KERAS_ARCHIVE, KERAS_INDEX)):
         return True
     return MetaseqName.parse(name) is not None or any(
-        name in (files.single, files.index) or files.is_shard(name) for files in FORMATS.values()
+        name in (files.single, files.index) or files.is_shard(name) for files in WEIGHT_FILES.values()
     )
 
 

@@ -148,7 +148,7 @@ def verify(
                 structure = [
                     *second.structure(),
                     *_head_difference(ours, theirs),
-                    *_config_differences(ours.config, theirs.config),
+                    *_config_differences(ours, theirs),
                 ]
                 checks = [_compare(name, ours, theirs) for name in _common(ours, theirs, subject.table)]
                 sound = not problems and not structure
@@ -231,6 +231,12 @@ class _Subject:
     def in_frameworks(self, frameworks: Sequence[str]) -> list[FunctionCheck]:
         """The checkpoint in each framework, held against the reference."""
         checks: list[FunctionCheck] = []
+        if frameworks and self.checkpoint.storage is not None:
+            self.refused.append(
+                f"{self.name} is quantised, and products in few bits are not those of the reference to {TOLERANCE:g}. "
+                f"Convert it with --dequantize, and verify that."
+            )
+            return checks
         for framework in frameworks if computes(self.checkpoint) else ():
             try:
                 run = run_framework(framework, self.path, self.checkpoint, self.inputs)
@@ -283,12 +289,16 @@ def _head_difference(ours: Checkpoint, theirs: Checkpoint) -> Iterator[str]:
         yield f"it is of class {other}, the checkpoint of class {mine}."
 
 
-def _config_differences(ours: OPTConfig, theirs: OPTConfig) -> Iterator[str]:
+def _config_differences(ours: Checkpoint, theirs: Checkpoint) -> Iterator[str]:
     """Fields that change what is computed and differ. Whether the head is tied shows in the tensors."""
+    shown = {"tie_word_embeddings"}
+    if (ours.storage is None) != (theirs.storage is None):
+        # One of them is quantised, the other holds its numbers.
+        shown.add("quantization")
     for field in dataclasses.fields(OPTConfig):
-        if field.name in _DESCRIPTIVE or field.name == "tie_word_embeddings":
+        if field.name in _DESCRIPTIVE or field.name in shown:
             continue
-        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        mine, other = getattr(ours.config, field.name), getattr(theirs.config, field.name)
         if mine != other:
             yield f"config.json says {field.name} = {other!r}, the checkpoint's own says {mine!r}."
 

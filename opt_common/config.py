@@ -87,7 +87,8 @@ class OPTConfig:
         id2label: name of each output; None means "LABEL_0", "LABEL_1", ….
         label2id: output of each name; None means the inverse of `id2label`.
         problem_type: one of `PROBLEM_TYPES`, or None: each call with labels then infers it (`problem_type_of`).
-        quantization: one of `QUANTIZATIONS`: matrices are rounded to few bits when they are loaded; None: they are not.
+        quantization: one of `QUANTIZATIONS`: matrices are in few bits, in the checkpoint or from when they are loaded;
+            None: they are not.
         dtype: dtype that the checkpoint's tensors are stored in ("float16", …), or None when unknown.
         extra: every other key of the `config.json` that was read; written back as it came.
 

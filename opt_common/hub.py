@@ -3,7 +3,7 @@
 `resolve` turns what a user names into a local directory; `find_weights` says which of a directory's files are the
 weights. Both follow one rule, wherever the files come from:
 
-1. Formats are tried in this order: safetensors, the one the caller prefers, the others as in `FORMATS`.
+1. Formats are tried in this order: safetensors, the one the caller prefers, the others as in `WEIGHT_FILES`.
    The first format of which a weight file is there is the one; exactly one format is ever fetched.
 2. Inside a format the single file wins over shards, as in Hugging Face's loaders. (opt-13b holds both for Flax.)
 3. Shards count only with their index, and with every file that the index names.
@@ -98,6 +98,13 @@ FORMATS: Mapping[str, WeightFiles] = {
 }
 """File names by format, in the order in which formats are tried."""
 
+QUANTIZED = "quantized"
+"""Name of the format of rounded matrices, see `opt_common.quantization`: safetensors of tensors that only this package
+knows. Its files have a name of their own: other software then finds no weights, in place of some that it misreads."""
+
+WEIGHT_FILES: Mapping[str, WeightFiles] = {**FORMATS, QUANTIZED: WeightFiles(single="quantized.safetensors")}
+"""The same, with the format that Hugging Face does not have."""
+
 METASEQ = "metaseq"
 """Name of the format of the project that OPT was trained with. It is no format of the hub: it has no index."""
 
@@ -184,7 +191,7 @@ def find_weights(directory: Path, *, prefer: str | None = None) -> tuple[str, tu
 
     Returns:
         The format, its file or its shards in the order of their names, and the shards' index (None for a single file,
-        and for the formats that are not in `FORMATS`). What Orbax saves is one directory in place of files.
+        and for the formats that are not in `WEIGHT_FILES`). What Orbax saves is one directory in place of files.
 
     Raises:
         CheckpointError: if there are no weights, an index is absent, damaged, hostile or names missing shards, or a
@@ -317,16 +324,16 @@ def _file_names(directory: Path) -> frozenset[str]:
 def _order(prefer: str | None) -> Iterator[str]:
     """The formats in the order in which they are tried."""
     first = ["safetensors"] if prefer is None else ["safetensors", prefer]
-    return iter(dict.fromkeys([*first, *FORMATS]))
+    return iter(dict.fromkeys([*first, *WEIGHT_FILES]))
 
 
 def _choose(names: Set[str], prefer: str | None) -> str | None:
     """The format to use of those in a list of file names, None if there is none."""
     for name in _order(prefer):
-        if FORMATS[name].single in names or any(map(FORMATS[name].is_shard, names)):
+        if WEIGHT_FILES[name].single in names or any(map(WEIGHT_FILES[name].is_shard, names)):
             return name
     # An index alone counts last: it is small and may be all that an interrupted download left behind.
-    return next((name for name in _order(prefer) if FORMATS[name].index in names), None)
+    return next((name for name in _order(prefer) if WEIGHT_FILES[name].index in names), None)
 
 
 def _select(
@@ -335,9 +342,9 @@ def _select(
     """Apply the rule to a list of file names: format, weight files, index. `fetch` gets an index to the local disk."""
     format_name = _choose(names, prefer)
     if format_name is None:
-        singles = ", ".join(files.single for files in FORMATS.values())
+        singles = ", ".join(files.single for files in WEIGHT_FILES.values())
         raise CheckpointError(f"No weights in {where}: expected one of {singles}, or its shards with their index.")
-    files = FORMATS[format_name]
+    files = WEIGHT_FILES[format_name]
     if files.single in names:
         return format_name, (files.single,), None
     if files.index not in names:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
+from opt_common.hub import QUANTIZED
 from opt_common.params import Head, Parameter, head_of, parameter_table
 
 MODEL_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -34,6 +35,24 @@ def choose_dtype(requested: str | None, stored: str) -> str:
     if name not in MODEL_DTYPES:
         raise CheckpointError(f"dtype is {name!r}, expected one of {', '.join(MODEL_DTYPES)} or 'auto'.")
     return name
+
+
+def choose_format(config: OPTConfig, requested: str | None) -> tuple[OPTConfig, str]:
+    """The configuration and the format that `save_pretrained` writes.
+
+    Args:
+        config: the model's configuration.
+        requested: a format, or None for that of the model's weights.
+
+    Raises:
+        CheckpointError: if that of quantised weights is asked for, and the model's are not.
+    """
+    quantized = config.quantization is not None
+    if requested == QUANTIZED and not quantized:
+        raise CheckpointError(f"format is {QUANTIZED!r}, but the model is not. Load it with quantization=….")
+    chosen = requested or (QUANTIZED if quantized else "safetensors")
+    # Any other format holds the numbers that integers stand for.
+    return config if chosen == QUANTIZED else config.replace(quantization=None), chosen
 
 
 def with_labels(

@@ -4,6 +4,7 @@ They stand where linear layers and tables of embeddings stand. Their integers ar
 moves them; gradients flow through them to what comes before.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -49,8 +50,16 @@ class Int8Linear(nnx.Module):
 
     def assign_rounded(self, weight_FD: Rows, dtype: DTypeLike) -> None:
         """Take over the numbers of a matrix, (F, D)."""
+        self.assign_stored(quantize_rows(weight_FD), dtype)
+
+    def assign_stored(self, parts: Sequence[np.ndarray], dtype: DTypeLike) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them."""
         del dtype  # it is known
-        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(weight_FD))
+        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in parts)
+
+    def stored(self, index: int) -> Array:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index][...]
 
     @property
     def kernel(self) -> Array:
@@ -72,8 +81,16 @@ class Int8Embedding(nnx.Module):
 
     def assign_rounded(self, weight_FD: Rows, dtype: DTypeLike) -> None:
         """Take over the numbers of a table, (V, D)."""
+        self.assign_stored(quantize_rows(weight_FD), dtype)
+
+    def assign_stored(self, parts: Sequence[np.ndarray], dtype: DTypeLike) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them."""
         del dtype  # it is known
-        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in quantize_rows(weight_FD))
+        self.codes_FD, self.scales_F = (Rounded(jnp.asarray(part)) for part in parts)
+
+    def stored(self, index: int) -> Array:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index][...]
 
     def attend(self, query: Array) -> Array:
         """The head: hidden states (…, D) to logits (…, V)."""

@@ -8,14 +8,15 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import tensorflow as tf
 
-from conversion import checked_parameters, open_checkpoint, save_checkpoint
+from conversion import Checkpoint, checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
 from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
-from opt_common.pretrained import choose_dtype, split_table, with_labels
-from opt_common.quantization import is_quantized
+from opt_common.pretrained import choose_dtype, choose_format, split_table, with_labels
+from opt_common.quantization import StoredPart, choose_quantization, is_quantized, never_quantized
+from opt_tf.quantized import AVAILABLE
 
 
 class Pretrained:
@@ -55,7 +56,8 @@ class Pretrained:
             dtype: dtype of parameters and arithmetic; None means float32, "auto" the one the checkpoint is stored in.
             attn_implementation: one of `opt_tf.attention.IMPLEMENTATIONS`; None means "eager".
             quantization: "int8-dynamic" rounds the matrices while they are read, for speed and memory on a CPU; see
-                `opt_common.quantization`. None means what the configuration says, mostly nothing.
+                `opt_common.quantization`. None means what the configuration says, mostly nothing. A checkpoint that
+                was saved in few bits stays in as many.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -80,17 +82,17 @@ class Pretrained:
         )
         with open_checkpoint(directory, prefer="tf") as checkpoint:
             config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
-            config = config if quantization is None else config.replace(quantization=quantization)
+            config = choose_quantization(config, quantization, checkpoint.storage, AVAILABLE)
             table, new = split_table(config, cls.head, new_head=new_head)
             checked_parameters(checkpoint, table, new=new)
             requested = dtype.name if isinstance(dtype, tf.DType) else dtype
-            stored = checkpoint.info(table[0].name).dtype.name
+            stored = checkpoint.info(never_quantized(table).name).dtype.name
             name = choose_dtype(requested, stored)
             # Built with zeros, which cost next to nothing: every weight is replaced at once.
             model = cast(Any, cls)(config, attn_implementation=attn_implementation, dtype=name, new_weights=False)
             for parameter in table:
                 if config.quantization is not None and is_quantized(parameter):
-                    local_place(model, parameter)[0].assign_rounded(checkpoint.rows(parameter.name), name)
+                    assign_quantized(model, parameter, checkpoint, name)
                     continue
                 array = checkpoint.load(parameter.name)
                 assign(model, parameter, to_array(array, parameter, name))
@@ -105,18 +107,18 @@ class Pretrained:
         self,
         directory: str | os.PathLike[str],
         *,
-        format: str = "safetensors",
+        format: str | None = None,
         dtype: str | None = None,
         max_shard_size: str | int = "5GB",
     ) -> None:
         """Write a checkpoint that this package and Hugging Face `transformers` read.
 
-        Rounded matrices are written as the numbers that they stand for.
-
         Args:
             directory: where to; made if it does not exist.
-            format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
-            dtype: dtype to store; None means the model's.
+            format: "safetensors", "torch", "tf", "flax", "metaseq", "keras-hub", or for a model in few bits
+                "quantized", which only this package reads; any other holds the numbers that the integers stand for.
+                None means "quantized" for such a model, else "safetensors".
+            dtype: dtype to store what is not quantised in; None means the model's.
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
@@ -124,14 +126,15 @@ class Pretrained:
                 adapter that isn't merged.
         """
         check_whole(self.lora_config, merged=self.lora_merged)
-        table = parameter_table(self.config, head=self.head)
+        config, format = choose_format(self.config, format)
+        table = parameter_table(config, head=self.head)
         save_checkpoint(
             directory,
-            self.config.replace(quantization=None),
+            config,
             table,
-            lambda parameter: to_numpy(find(self, parameter), parameter),
+            lambda parameter: stored_value(self, parameter),
             format=format,
-            dtype=dtype or find(self, table[0]).dtype,
+            dtype=dtype or find(self, never_quantized(table)).dtype,
             max_shard_size=max_shard_size,
             generation_config=self.generation_config.to_dict() if self.head == "lm" else None,
             bare=self.head is None,
@@ -147,6 +150,23 @@ def find(model: Any, parameter: Parameter) -> Any:
 def assign(model: Any, parameter: Parameter, array: np.ndarray) -> None:
     """Put an array, in Keras' layout, where a row of the parameter table says."""
     find(model, parameter).assign(array)
+
+
+def stored_value(model: Any, parameter: Parameter) -> np.ndarray:
+    """What a checkpoint holds of a model for a row of its table: a parameter, or a part of a quantised matrix."""
+    if isinstance(parameter, StoredPart):
+        layer = local_place(model, parameter.whole)[0]
+        return layer.stored(parameter.index).value.numpy()
+    return to_numpy(find(model, parameter), parameter)
+
+
+def assign_quantized(model: Any, parameter: Parameter, checkpoint: Checkpoint, dtype: str) -> None:
+    """Give a layer in few bits its matrix, as it is stored, or rounded while it is read."""
+    layer = local_place(model, parameter)[0]
+    if checkpoint.storage is None:
+        layer.assign_rounded(checkpoint.rows(parameter.name), dtype)
+    else:
+        layer.assign_stored(checkpoint.stored(parameter.name), dtype)
 
 
 def local_place(model: Any, parameter: Parameter) -> tuple[Any, str]:

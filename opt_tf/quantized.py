@@ -9,7 +9,7 @@ them to what comes before.
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -56,9 +56,17 @@ class Int8Linear(keras.layers.Layer):
 
     def assign_rounded(self, weight_FD: Rows, dtype: str) -> None:
         """Take over the numbers of a matrix, (F, D)."""
+        self.assign_stored(quantize_rows(weight_FD), dtype)
+
+    def assign_stored(self, parts: Sequence[np.ndarray], dtype: str) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them."""
         del dtype  # it is known
-        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(weight_FD), strict=True):
+        for variable, part in zip((self.codes_FD, self.scales_F), parts, strict=True):
             variable.assign(part)
+
+    def stored(self, index: int) -> Any:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index]
 
     @property
     def kernel(self) -> Any:
@@ -86,9 +94,17 @@ class Int8Embedding(keras.layers.Layer):
 
     def assign_rounded(self, weight_FD: Rows, dtype: str) -> None:
         """Take over the numbers of a table, (V, D)."""
+        self.assign_stored(quantize_rows(weight_FD), dtype)
+
+    def assign_stored(self, parts: Sequence[np.ndarray], dtype: str) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them."""
         del dtype  # it is known
-        for variable, part in zip((self.codes_FD, self.scales_F), quantize_rows(weight_FD), strict=True):
+        for variable, part in zip((self.codes_FD, self.scales_F), parts, strict=True):
             variable.assign(part)
+
+    def stored(self, index: int) -> Any:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index]
 
     def attend(self, query: tf.Tensor) -> tf.Tensor:
         """The head: hidden states (…, D) to logits (…, V)."""

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from conversion import checked_parameters, open_checkpoint, save_checkpoint
+from conversion import Checkpoint, checked_parameters, open_checkpoint, save_checkpoint
 from opt_common.config import OPTConfig
 from opt_common.errors import CheckpointError
 from opt_common.generation import GenerationConfig
 from opt_common.hub import resolve
 from opt_common.lora import LoraConfig, check_whole
 from opt_common.params import Head, Parameter, parameter_table
-from opt_common.pretrained import choose_dtype, split_table, with_labels
-from opt_common.quantization import is_quantized
+from opt_common.pretrained import choose_dtype, choose_format, split_table, with_labels
+from opt_common.quantization import StoredPart, choose_quantization, is_quantized, never_quantized
+from opt_torch.quantized import AVAILABLE
 
 
 class Pretrained:
@@ -62,7 +63,8 @@ class Pretrained:
             device: where the parameters go; None means PyTorch's default.
             attn_implementation: one of `opt_torch.attention.IMPLEMENTATIONS`; None means "sdpa".
             quantization: "int8-dynamic", "int8" or "int4" rounds the matrices while they are read, for speed and memory
-                on a CPU; see `opt_common.quantization`. None means what the configuration says, mostly nothing.
+                on a CPU; see `opt_common.quantization`. None means what the configuration says, mostly nothing. A
+                checkpoint that was saved in few bits stays in as many.
             cache_dir: where downloads are kept; None means the Hub client's own place.
             token: the Hub's access token.
             local_files_only: whether to use only what is already there.
@@ -87,20 +89,19 @@ class Pretrained:
         )
         with open_checkpoint(directory, prefer="torch") as checkpoint:
             config = with_labels(checkpoint.config, num_labels, id2label, label2id, problem_type)
-            config = config if quantization is None else config.replace(quantization=quantization)
+            config = choose_quantization(config, quantization, checkpoint.storage, AVAILABLE)
             table, new = split_table(config, cls.head, new_head=new_head)
             checked_parameters(checkpoint, table, new=new)
             requested = dtype if dtype is not None else torch_dtype
-            stored = checkpoint.info(table[0].name).dtype.name
+            stored = checkpoint.info(never_quantized(table).name).dtype.name
             name = choose_dtype(None if requested is None else str(requested).removeprefix("torch."), stored)
             # Built without storage, so that no memory is spent on weights that are replaced at once.
             with torch.device("meta"):
                 model = cast(Any, cls)(config, attn_implementation=attn_implementation)
             for parameter in table:
                 if config.quantization is not None and is_quantized(parameter):
-                    layer: Any = local_place(model, parameter)[0]
-                    rows = checkpoint.rows(parameter.name)
-                    layer.assign_rounded(rows, device or torch.get_default_device(), getattr(torch, name))
+                    place = device or torch.get_default_device()
+                    assign_quantized(model, parameter, checkpoint, place, getattr(torch, name))
                     continue
                 # What needs no cast stays where it lies in the file: nothing is copied.
                 stays = checkpoint.info(parameter.name).dtype.name == name
@@ -136,18 +137,18 @@ class Pretrained:
         self,
         directory: str | os.PathLike[str],
         *,
-        format: str = "safetensors",
+        format: str | None = None,
         dtype: str | None = None,
         max_shard_size: str | int = "5GB",
     ) -> None:
         """Write a checkpoint that this package and Hugging Face `transformers` read.
 
-        Rounded matrices are written as the numbers that they stand for.
-
         Args:
             directory: where to; made if it does not exist.
-            format: "safetensors", "torch", "tf", "flax", "metaseq" or "keras-hub".
-            dtype: dtype to store; None means the model's.
+            format: "safetensors", "torch", "tf", "flax", "metaseq", "keras-hub", or for a model in few bits
+                "quantized", which only this package reads; any other holds the numbers that the integers stand for.
+                None means "quantized" for such a model, else "safetensors".
+            dtype: dtype to store what is not quantised in; None means the model's.
             max_shard_size: largest size of one file, such as "5GB" or "500MiB"; larger models are sharded.
 
         Raises:
@@ -155,12 +156,13 @@ class Pretrained:
                 adapter that isn't merged.
         """
         check_whole(self.lora_config, merged=self.lora_merged)
-        table = parameter_table(self.config, head=self.head)
+        config, format = choose_format(self.config, format)
+        table = parameter_table(config, head=self.head)
         save_checkpoint(
             directory,
-            self.config.replace(quantization=None),
+            config,
             table,
-            lambda parameter: to_numpy(find(self, parameter)),
+            lambda parameter: to_numpy(stored_value(self, parameter)),
             format=format,
             dtype=dtype or str(self.dtype).removeprefix("torch."),
             max_shard_size=max_shard_size,
@@ -179,6 +181,28 @@ def assign(model: Any, parameter: Parameter, tensor: Tensor) -> None:
     """Put a tensor where a row of the parameter table says, in place of the one that is there."""
     module, leaf = local_place(model, parameter)
     module.register_parameter(leaf, nn.Parameter(tensor))
+
+
+def stored_value(model: Any, parameter: Parameter) -> Tensor:
+    """What a checkpoint holds of a model for a row of its table: a parameter, or a part of a quantised matrix."""
+    if isinstance(parameter, StoredPart):
+        layer: Any = local_place(model, parameter.whole)[0]
+        return layer.stored(parameter.index)
+    tensor = find(model, parameter)
+    if not tensor.is_floating_point():
+        raise CheckpointError("The model's base weights are quantised, which no checkpoint holds. Use save_adapter.")
+    return tensor
+
+
+def assign_quantized(
+    model: Any, parameter: Parameter, checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Give a layer in few bits its matrix, as it is stored, or rounded while it is read."""
+    layer: Any = local_place(model, parameter)[0]
+    if checkpoint.storage is None:
+        layer.assign_rounded(checkpoint.rows(parameter.name), device, dtype)
+    else:
+        layer.assign_stored([to_tensor(part) for part in checkpoint.stored(parameter.name)], device, dtype)
 
 
 def local_place(model: Any, parameter: Parameter) -> tuple[nn.Module, str]:
@@ -204,9 +228,7 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """An array of a tensor's numbers; bfloat16 goes over bit by bit. Those of quantised weights are refused."""
-    if not tensor.is_floating_point():
-        raise CheckpointError("The model's base weights are quantised, which no checkpoint holds. Use save_adapter.")
+    """An array of a tensor's numbers; bfloat16 goes over bit by bit."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

@@ -4,14 +4,17 @@ They stand where linear layers and tables of embeddings stand. Their integers ar
 them; gradients flow through them to what comes before.
 """
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from opt_common.errors import CheckpointError
-from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, Rows, quantize_groups, quantize_rows
+from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, Rows, pack, quantize_groups, quantize_rows, unpack
 
 AVAILABLE = ("int8-dynamic", "int8", "int4")
 """Values of `OPTConfig.quantization` that this backend has."""
@@ -23,9 +26,12 @@ KERNEL_ROWS = 15
 """Rows up to which PyTorch's product by 8-bit integers on a CPU is faster than one by the same in bfloat16: it is made
 for decoding, and takes two and a half times as long for a prompt."""
 
-PACKED_ROWS = 1024
-"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time, a multiple of the 64 that it orders on
-their own: its threads wait for each other after each call, which costs seconds in all where the processor is busy."""
+KERNEL_BLOCK = 64
+"""Rows that PyTorch's 4-bit kernel orders on their own."""
+
+PACKED_ROWS = 16 * KERNEL_BLOCK
+"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time: its threads wait for each other after each
+call, which costs seconds in all where the processor is busy."""
 
 CUDA_ROWS = 17
 """PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
@@ -81,8 +87,16 @@ class Int8Linear(nn.Module):
 
     def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a matrix, (F, D)."""
+        self.assign_stored(list(map(torch.from_numpy, quantize_rows(weight_FD))), device, dtype)
+
+    def assign_stored(self, parts: Sequence[Tensor], device: Any, dtype: torch.dtype) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them."""
         del dtype  # that of the inputs is kept
-        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(weight_FD))
+        self.codes_FD, self.scales_F = (part.to(device) for part in parts)
+
+    def stored(self, index: int) -> Tensor:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index]
 
     @property
     def weight(self) -> Tensor:
@@ -135,20 +149,53 @@ class Int4Linear(nn.Module):
             CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
         """
         del dtype  # that of the inputs is kept
+        F, D = weight_FD.shape
+        self.start(F, D, device)
+        for block in blocks(F, PACKED_ROWS):
+            codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(weight_FD[block]))
+            self.assign_rows(block, codes_FD, scales_FG, offsets_FG)
+
+    def assign_stored(self, parts: Sequence[Tensor], device: Any, dtype: torch.dtype) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them.
+
+        Raises:
+            CheckpointError: as `assign_rounded`.
+        """
+        del dtype  # that of the inputs is kept
+        codes_FX, scales_FG, offsets_FG = parts
+        self.start(len(codes_FX), 2 * codes_FX.shape[1], device)
+        for block in blocks(len(codes_FX), PACKED_ROWS):
+            codes_FD = torch.from_numpy(unpack(codes_FX[block].numpy()))
+            self.assign_rows(block, codes_FD, scales_FG[block], offsets_FG[block])
+
+    def stored(self, index: int) -> Tensor:
+        """One of those parts."""
+        if index > 0:
+            return self.scales_GF2[:, :, index - 1].T.contiguous()
+        codes_FX = torch.empty_like(self.packed)
+        for block in blocks(len(codes_FX), KERNEL_BLOCK):
+            packed = self.packed[block].numpy()
+            codes = np.empty((len(packed), self.in_features), np.uint8)
+            codes.reshape(-1)[kernel_order(*codes.shape)] = unpack(packed).reshape(-1)
+            codes_FX[block] = torch.from_numpy(pack(codes))
+        return codes_FX
+
+    def start(self, rows: int, columns: int, device: Any) -> None:
+        """Make room for a matrix."""
         if torch.device(device).type != "cpu":
             raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
-        F, D = weight_FD.shape
-        if F % KERNEL_WIDTH:
+        if rows % KERNEL_WIDTH:
             raise CheckpointError(
-                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {F}. Use "int8".'
+                f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {rows}. '
+                'Use "int8".'
             )
-        self.packed = torch.empty((F, D // 2), dtype=torch.uint8)
-        self.scales_GF2 = torch.empty((D // GROUP_SIZE, F, 2), dtype=torch.bfloat16)
-        for start in range(0, F, PACKED_ROWS):
-            block = slice(start, start + PACKED_ROWS)
-            codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(weight_FD[block]))
-            self.packed[block] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
-            self.scales_GF2[:, block] = torch.stack((scales_FG.T, offsets_FG.T), dim=-1)
+        self.packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
+        self.scales_GF2 = torch.empty((columns // GROUP_SIZE, rows, 2), dtype=torch.bfloat16)
+
+    def assign_rows(self, block: slice, codes_FD: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
+        """Take over some rows, which the kernel orders on their own."""
+        self.packed[block] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
+        self.scales_GF2[:, block] = torch.stack((scales_FG.T, offsets_FG.T), dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -175,8 +222,16 @@ class Int8Embedding(nn.Module):
 
     def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
         """Take over the numbers of a table, (V, D), whose rows are to be of a dtype."""
+        self.assign_stored(list(map(torch.from_numpy, quantize_rows(weight_FD))), device, dtype)
+
+    def assign_stored(self, parts: Sequence[Tensor], device: Any, dtype: torch.dtype) -> None:
+        """Take over the parts of a table, as `opt_common.quantization.stored_parts` names them."""
         self.dtype = dtype
-        self.codes_FD, self.scales_F = (torch.from_numpy(part).to(device) for part in quantize_rows(weight_FD))
+        self.codes_FD, self.scales_F = (part.to(device) for part in parts)
+
+    def stored(self, index: int) -> Tensor:
+        """One of those parts."""
+        return (self.codes_FD, self.scales_F)[index]
 
     def head(self) -> Int8Linear:
         """The same table as a linear layer from embeddings to the vocabulary; nothing is copied."""
@@ -189,6 +244,27 @@ class Int8Embedding(nn.Module):
     def weight(self) -> Tensor:
         """The table, (V, D), made anew each time."""
         return (self.codes_FD * self.scales_F[:, None]).to(self.dtype)
+
+
+def blocks(rows: int, step: int) -> Iterator[slice]:
+    """Stretches of rows."""
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@functools.lru_cache(maxsize=4)
+def kernel_order(rows: int, columns: int) -> np.ndarray:
+    """Which 4-bit integer of a block, counted row by row, is where `unpack` reads the kernel's bytes.
+
+    PyTorch has a function that orders integers and none that puts them back, and orders them otherwise on other
+    processors. So the places themselves are ordered, four bits of their numbers at a time.
+    """
+    places = torch.arange(rows * columns, dtype=torch.int32)
+    order = np.zeros(rows * columns, np.int64)
+    for shift in range(0, (rows * columns - 1).bit_length(), 4):
+        digits = (places >> shift & 15).view(rows, columns)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(digits, 1)
+        order |= unpack(packed.numpy()).reshape(-1).astype(np.int64) << shift
+    return order
 
 
 def int8_product(inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tensor:

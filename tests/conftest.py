@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-# Before any framework is imported: one thread, because the models are tiny and tests run side by side; no log lines.
+# Before any framework is imported: one thread, because the models are tiny and tests run side by side; no log lines;
+# nothing in the cache directory of whoever runs the tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 from tests.adapters import ADAPTERS, BACKENDS, Adapter
 from tests.cases import has_seed, write_seeded

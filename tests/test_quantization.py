@@ -199,7 +199,7 @@ def test_a_configuration_can_ask_for_it_and_a_saved_model_is_whole_again(backend
     plain = backend.forward(backend.load(directory), **batch).logits
     attended = batch["attention_mask"].astype(bool)
     assert np.abs(found - plain)[attended].max() > 1e-3
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved", format="safetensors")
     assert OPTConfig.from_json_file(tmp_path / "saved" / "config.json").quantization is None
     again = backend.forward(backend.load(tmp_path / "saved", quantization="int8-dynamic"), **batch).logits
     compare(again[attended], found[attended], INT8_PRODUCT, what="rounded, saved and rounded again")
