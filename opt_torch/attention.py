@@ -137,8 +137,8 @@ def _sdpa(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, drop
     T = q_BTNH.shape[1]
     bias_BNTS = masking.bias_BNTS
     if bias_BNTS is not None and bias_BNTS.dtype != q_BTNH.dtype:
-        # Under autocast: float32's most negative number would become minus infinity.
-        bias_BNTS = bias_BNTS.clamp(min=torch.finfo(q_BTNH.dtype).min).to(q_BTNH.dtype)
+        # Under autocast, float32's most negative number becomes minus infinity.
+        bias_BNTS = bias_BNTS.to(q_BTNH.dtype).clamp(min=torch.finfo(q_BTNH.dtype).min)
     context_BNTH = functional.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSNH.transpose(1, 2),
