@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
         if torch.compiler.is_compiling():
-            return outside_of_graphs(self, inputs)
+            return outside_of_graphs(self, inputs)  # pyright: ignore[reportCallIssue]
         inputs = inputs.to(self.matrix.dtype)
         if not self.matrix.is_mkldnn or (torch.is_grad_enabled() and inputs.requires_grad):
             return functional.linear(inputs, self.weight, self.bias)
