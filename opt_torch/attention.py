@@ -106,7 +106,6 @@ def attend(
         The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
         if wanted, the probabilities (B, N, T, S).
     """
-    dtype = q_BTNH.dtype
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
         # Buffers may be of more bits than what is put into them.
@@ -117,9 +116,9 @@ def attend(
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:
         context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-        return context_BTNH.to(dtype), present, probs_BNTS if need_probs else None
+        return context_BTNH.to(k_BTNH.dtype), present, probs_BNTS if need_probs else None
     context_BTNH = _KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-    return context_BTNH.to(dtype), present, None
+    return context_BTNH.to(k_BTNH.dtype), present, None
 
 
 def _eager(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> tuple[Tensor, Tensor]:

@@ -237,7 +237,9 @@ class Decoder:
         start = self.prompt.past_length
         capacity = T + self.prompt.most_tokens
         if past is None:
-            dtype = cache_dtype(self.model.dtype, self.device)
+            # Half precision costs attention of one token on a CPU 2 to 8 times as long: its kernel is made for many.
+            least = torch.float32 if self.device.type == "cpu" else self.model.dtype
+            dtype = torch.promote_types(self.model.dtype, least)
             self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=dtype, device=self.device)
         else:
             rows_B = self.on_device(past.rows_B)
@@ -344,9 +346,3 @@ class Decoder:
         )
         found |= select(step, choice.selection, choice_arguments)
         return {name: array if name in ON_DEVICE else array.cpu().numpy() for name, array in found.items()}
-
-
-def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What keys and values are kept in: float32 on a CPU, where attention of one token takes 2 to 8 times as long in
-    half precision, for which PyTorch's kernel is made for many tokens at a time."""
-    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
