@@ -3,7 +3,8 @@
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output: the driver takes turns
 between the processes, so that a slow minute of the machine is everybody's.
 
-A system is named FRAMEWORK[@FORMAT][:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; peers are
+A system is named FRAMEWORK[@FORMAT][:DTYPE[:QUANTIZATION]], such as "opt_torch:float32:int8-dynamic"; of PyTorch, the
+last may be "packed", which `opt-torch` does to bfloat16 by itself. Peers are
 "hf_torch", "hf_tf", "hf_flax", "keras_hub_tf", "keras_hub_jax" and "ct2", each with a dtype of its own.
 """
 
@@ -48,7 +49,12 @@ class Opt:
         self.program = importlib.import_module(f"{package}.cli").program()
         self.tensor = tensor_maker(self.program.tensors)
         self.dtype = dtype
-        self.model: Any = self.program.load(str(path), dtype=dtype, quantization=quantization)
+        packed = quantization == "packed"
+        self.model: Any = self.program.load(str(path), dtype=dtype, quantization=None if packed else quantization)
+        if packed:
+            from opt_torch.packed import pack
+
+            pack(self.model)
         self.step: Any = None
 
     def generate(self, prompts_BT: np.ndarray, new_tokens: int) -> Any:

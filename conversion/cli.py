@@ -19,15 +19,16 @@ from conversion.verify import ALL, Verification, verify
 from opt_common.errors import OPTError
 from opt_common.hub import QUANTIZED
 
-OK, FAILED, USAGE, DIFFERENT = 0, 1, 2, 3
+OK, FAILED, USAGE, DIFFERENT, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes; `_EPILOGUE` says them to users."""
 
 _EPILOGUE = """\
 exit codes:
-  0  done
-  1  failed; one sentence on standard error says why
-  2  the command line is wrong
-  3  verify, convert --verify or doctor found a problem or a difference
+  0    done
+  1    failed; one sentence on standard error says why
+  2    the command line is wrong
+  3    verify, convert --verify or doctor found a problem or a difference
+  130  interrupted; one sentence on standard error says what is left
 
 A SRC is a directory, a weight file beside its config.json, or a hub id such as facebook/opt-125m. Besides the formats
 that are written, SRC may be what a framework saved: a state dict of PyTorch, .weights.h5 or .keras of Keras 3, a
@@ -102,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _failed(f"The memory is too small for the largest tensor. {_left(error)}")
     except KeyboardInterrupt as error:
-        return _failed(f"Interrupted. {_left(error)}")
+        _failed(f"Interrupted. {_left(error)}")
+        return INTERRUPTED
 
 
 def _left(error: BaseException) -> str:

@@ -96,7 +96,7 @@ def attend(
         k_BTNH: keys of the same tokens.
         v_BTNH: their values.
         masking: what each query may attend to.
-        past: buffers of the keys and values before them, (B, S, N, H) each.
+        past: buffers of the keys and values before them, (B, S, N, H) each, whose dtype attention computes in.
         offset: number of tokens in the buffers.
         implementation: one of `IMPLEMENTATIONS`.
         dropout: probability of dropping an attention probability.
@@ -108,14 +108,17 @@ def attend(
     """
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
+        # Buffers may be of more bits than what is put into them.
+        q_BTNH = q_BTNH.to(past[0].dtype)
         present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
         k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:
         context_BTNH, probs_BNTS = _eager(q_BTNH, k_BSNH, v_BSNH, masking, dropout)
-        return context_BTNH, present, probs_BNTS if need_probs else None
-    return _KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, masking, dropout), present, None
+        return context_BTNH.to(k_BTNH.dtype), present, probs_BNTS if need_probs else None
+    context_BTNH = _KERNELS[implementation](q_BTNH, k_BSNH, v_BSNH, masking, dropout)
+    return context_BTNH.to(k_BTNH.dtype), present, None
 
 
 def _eager(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, dropout: float) -> tuple[Tensor, Tensor]:
@@ -133,8 +136,8 @@ def _sdpa(q_BTNH: Tensor, k_BSNH: Tensor, v_BSNH: Tensor, masking: Masking, drop
     T = q_BTNH.shape[1]
     bias_BNTS = masking.bias_BNTS
     if bias_BNTS is not None and bias_BNTS.dtype != q_BTNH.dtype:
-        # Under autocast: float32's most negative number would become minus infinity.
-        bias_BNTS = bias_BNTS.clamp(min=torch.finfo(q_BTNH.dtype).min).to(q_BTNH.dtype)
+        # Under autocast, float32's most negative number becomes minus infinity.
+        bias_BNTS = bias_BNTS.to(q_BTNH.dtype).clamp(min=torch.finfo(q_BTNH.dtype).min)
     context_BNTH = functional.scaled_dot_product_attention(
         q_BTNH.transpose(1, 2),
         k_BSNH.transpose(1, 2),

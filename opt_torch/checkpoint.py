@@ -111,8 +111,8 @@ class Pretrained:
                 tensor = new_values(config, parameter)
                 assign(model, parameter, tensor.to(device or torch.get_default_device(), getattr(torch, name)))
         for module in model.modules():
-            if hasattr(module, "together"):
-                module.lay_together()
+            if hasattr(module, "lays_together"):
+                module.lays_together = True
         if cls.head == "lm":
             model.tie_weights()
             model.generation_config = GenerationConfig.from_directory(Path(directory), config)

@@ -29,10 +29,17 @@ def program() -> Program:
 
 
 def load(path_or_id: str, *, architecture: str = "OPTForCausalLM", **options: Any) -> Any:
-    """The model of a class; its framework is imported only now."""
-    import opt_torch
+    """The model of a class, for inference; its framework is imported only now."""
+    import torch
 
-    return getattr(opt_torch, architecture).from_pretrained(path_or_id, **options)
+    import opt_torch
+    from opt_torch.packed import pack
+
+    model = getattr(opt_torch, architecture).from_pretrained(path_or_id, **options)
+    # In float32 a single text gains nothing, and a checkpoint would no longer be used from where it lies in its file.
+    if model.dtype is torch.bfloat16:
+        pack(model)
+    return model
 
 
 def inference() -> contextlib.AbstractContextManager[Any]:

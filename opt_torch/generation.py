@@ -237,7 +237,10 @@ class Decoder:
         start = self.prompt.past_length
         capacity = T + self.prompt.most_tokens
         if past is None:
-            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=self.model.dtype, device=self.device)
+            # Half precision costs attention of one token on a CPU 2 to 8 times as long: its kernel is made for many.
+            least = torch.float32 if self.device.type == "cpu" else self.model.dtype
+            dtype = torch.promote_types(self.model.dtype, least)
+            self.cache = KVCache.allocate(self.model.config, B, capacity, dtype=dtype, device=self.device)
         else:
             rows_B = self.on_device(past.rows_B)
             self.cache = past.cache.reordered(rows_B).cropped(start).with_room(capacity - start)

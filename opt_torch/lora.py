@@ -65,8 +65,11 @@ class LoraLinear(nn.Module):
 
     def merge(self) -> None:
         """Add the adapter to the base weight, which is kept aside."""
-        if not self.weight.dtype.is_floating_point:
-            raise ConfigError("Quantised base weights can't take an adapter. Merge it into the base model unquantised.")
+        # A matrix that is made anew each time would take the sum and forget it.
+        if not isinstance(self.weight, nn.Parameter) or not self.weight.dtype.is_floating_point:
+            raise ConfigError(
+                "Quantised or packed base weights can't take an adapter. Merge it into the base model as it was loaded."
+            )
         with torch.no_grad():
             a, b = self.lora_A.weight, self.lora_B.weight
             change = self.scaling * (b @ a)

@@ -54,10 +54,12 @@ class OPTAttention(nn.Module):
         self.out_proj = build.linear(D, D, use_bias=config.enable_bias)
         self.dropout = build.dropout(config.attention_dropout)
         self.together = Together()
+        self.lays_together = False
 
     def lay_together(self) -> None:
         """Put the matrices of the three projections where inference multiplies by them at once."""
         self.together = Together(self.q_proj, self.k_proj, self.v_proj)
+        self.lays_together = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # What moves or casts a model gives each matrix a place of its own.
@@ -89,6 +91,9 @@ class OPTAttention(nn.Module):
         """
         B, T, D = hidden_BTD.shape
         N, H = self.config.num_attention_heads, self.config.head_dim
+        if self.lays_together and T == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Where one token is decoded, more will be: until then a loaded model is used from where its file lies.
+            self.lay_together()
         q_BTD, k_BTD, v_BTD = self.together(hidden_BTD, self.q_proj, self.k_proj, self.v_proj)
         # Scaled before the product with the keys, bias included: in half precision the order shows.
         q_BTNH = (q_BTD * H**-0.5).view(B, T, N, H)

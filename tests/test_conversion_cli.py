@@ -120,16 +120,17 @@ def test_a_users_mistake_is_1_and_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("error", "sentence"),
+    ("error", "exit_code", "sentence"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (PermissionError(errno.EACCES, "Permission denied", "there"), "there: Permission denied"),
-        (KeyboardInterrupt(), "Interrupted"),
-        (MemoryError(), "memory is too small"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "there"), 1, "there: Permission denied"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (MemoryError(), 1, "memory is too small"),
     ],
 )
-def test_what_the_machine_refuses_is_1_and_leaves_nothing(
+def test_what_the_machine_refuses_leaves_nothing(
     error: BaseException,
+    exit_code: int,
     sentence: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -141,7 +142,7 @@ def test_what_the_machine_refuses_is_1_and_leaves_nothing(
 
     monkeypatch.setattr(safetensors_file, "write", fail)
     code, out, err = run(capsys, "convert", MODEL, str(tmp_path / "new"), "--to", "safetensors")
-    assert (code, out) == (1, "")
+    assert (code, out) == (exit_code, "")
     assert sentence in err
     assert list(tmp_path.iterdir()) == []
 

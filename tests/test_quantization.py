@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from conversion.synthetic import write_random
+from conversion.synthetic import write_outliers, write_random
 from opt_common import ConfigError, OPTConfig, OPTTokenizer, quantization
 from opt_common.hub import resolve
 from opt_common.params import parameter_table
@@ -155,6 +155,21 @@ def test_what_rounding_costs_in_perplexity(backend, directory, tokenizer):
         found = perplexity(backend, backend.load(directory, quantization=scheme), tokenizer)
         limit = INT4_PERPLEXITY if scheme == "int4" else INT8_PERPLEXITY
         assert found / plain < limit, f"{scheme}: {found:.4f} against {plain:.4f}"
+
+
+def test_outliers_in_a_model_cost_8_bits_no_more(backend, batch, tmp_path):
+    """oobabooga/text-generation-webui#200 again, in whole models: OPT-13B and larger gave inf and NaN in 8 bits."""
+    write_outliers("opt-tiny", tmp_path / "outliers", 64.0)
+    labels = np.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    losses = {
+        scheme: float(
+            backend.forward(backend.load(tmp_path / "outliers", quantization=scheme), **batch, labels=labels).loss
+        )
+        for scheme in [None, *schemes(backend)]
+        if scheme != "int4"
+    }
+    for scheme, loss in losses.items():
+        assert np.exp(loss - losses[None]) < INT8_PERPLEXITY, scheme
 
 
 @pytest.mark.parametrize("rows", [3, 40], ids=["as in decoding", "as in a prompt"])

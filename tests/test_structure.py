@@ -38,7 +38,10 @@ RENAMED = {"call": "forward", "__call__": "forward"}
 """What each framework calls the method that computes."""
 
 
-TORCH_ALONE = {"bits_and_bytes.py": "bitsandbytes, which quantises base weights, is PyTorch's"}
+TORCH_ALONE = {
+    "bits_and_bytes.py": "bitsandbytes, which quantises base weights, is PyTorch's",
+    "packed.py": "XLA orders matrices itself",
+}
 """Files that only one package has, and why."""
 
 

@@ -22,8 +22,16 @@ IDS = torch.arange(4, 11)[None]
 
 
 @pytest.fixture
-def model():
+def loaded():
     return OPTForCausalLM.from_pretrained(GOLDENS / "pre_ln" / "safetensors", dtype=torch.float32)
+
+
+@pytest.fixture
+def model(loaded):
+    """One that has decoded a token."""
+    with torch.no_grad():
+        loaded(IDS[:, :1])
+    return loaded
 
 
 def projections(model):
@@ -54,6 +62,16 @@ def test_they_are_one_product(model, monkeypatch):
     count = len(products)
     torch.testing.assert_close(together, logits(apart(model)), rtol=0, atol=1e-5)
     assert len(products) - count == count + 3 * len(model.model.decoder.layers)
+
+
+def test_they_lie_apart_until_a_token_is_decoded(loaded):
+    logits(loaded)
+    loaded(IDS[:, :1])
+    assert not are_together(loaded)
+    loaded.generate(IDS, max_new_tokens=1)
+    assert not are_together(loaded)
+    loaded.generate(IDS, max_new_tokens=2)
+    assert are_together(loaded)
 
 
 def test_one_is_noticed_to_be_wrong(model):
