@@ -65,5 +65,5 @@ def test_quantised_weights_are_neither_written_nor_merged_into(model, tmp_path):
         model.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
     model.add_lora(LoraConfig(layers_to_transform=[1]))
-    with pytest.raises(ConfigError, match="unquantised"):
+    with pytest.raises(ConfigError, match="Quantised or packed base weights"):
         model.merge_adapter()
