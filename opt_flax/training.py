@@ -4,7 +4,8 @@ Axis letters: B batch, T length, E word_embed_proj_dim, V vocabulary, X = B·(T 
 C of them at a time in each of K chunks.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -72,7 +73,7 @@ def causal_lm_loss(
 ) -> Array:
     """Cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts.
 
-    The logits are computed `CHUNK_LOGITS` at a time and, where that is not all of them, again in the backward pass.
+    The logits are computed `CHUNK_LOGITS` at a time; where that is not all of them, gradients along with the loss.
 
     Args:
         head: hidden states (C, E) to logits (C, V).
@@ -99,6 +100,40 @@ def causal_lm_loss(
         missing = K * rows - hidden_XE.shape[0]
         hidden_KCE = jnp.pad(hidden_XE, ((0, missing), (0, 0))).reshape(K, rows, -1)
         labels_KC = jnp.pad(labels_X, (0, missing), constant_values=IGNORED_LABEL).reshape(K, rows)
-        total = lax.map(lambda chunk: jax.checkpoint(chunk_loss)(*chunk), (hidden_KCE, labels_KC)).sum()
+        # The head's weights, which the loss closes over, become arguments: it has gradients with respect to them, too.
+        loss, weights = jax.closure_convert(chunk_loss, hidden_KCE[0], labels_KC[0])
+        total = _summed_losses(loss, hidden_KCE, labels_KC, weights)
     count = (labels_X != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_losses(loss: Callable[..., Array], hidden_KCE: Array, labels_KC: Array, weights: Sequence[Array]) -> Array:
+    """The sum of the losses, chunk after chunk, with slopes that are computed along with it, from the same logits."""
+    return lax.map(lambda chunk: loss(*chunk, *weights), (hidden_KCE, labels_KC)).sum()
+
+
+def _losses_and_slopes(
+    loss: Callable[..., Array], hidden_KCE: Array, labels_KC: Array, weights: Sequence[Array]
+) -> tuple[Array, Any]:
+    """The sum, and its slopes with respect to hidden states and weights."""
+
+    def add(weight_slopes: Any, chunk: tuple[Array, Array]) -> tuple[Any, tuple[Array, Array]]:
+        hidden_CE, labels_C = chunk
+        value, pull = jax.vjp(lambda hidden_CE, weights: loss(hidden_CE, labels_C, *weights), hidden_CE, weights)
+        hidden_slope_CE, more = pull(jnp.ones_like(value))
+        return jax.tree.map(jnp.add, weight_slopes, more), (value, hidden_slope_CE)
+
+    zeros = jax.tree.map(jnp.zeros_like, weights)
+    weight_slopes, (values_K, hidden_slopes_KCE) = lax.scan(add, zeros, (hidden_KCE, labels_KC))
+    return values_K.sum(), (hidden_slopes_KCE, weight_slopes)
+
+
+def _slopes(loss: Callable[..., Array], slopes: Any, upstream: Array) -> tuple[Array, None, Any]:
+    """The gradients of hidden states and weights, given that of what comes after."""
+    del loss
+    hidden_slopes_KCE, weight_slopes = jax.tree.map(lambda slope: (slope * upstream).astype(slope.dtype), slopes)
+    return hidden_slopes_KCE, None, weight_slopes
+
+
+_summed_losses.defvjp(_losses_and_slopes, _slopes)

@@ -243,8 +243,8 @@ SANCTIONED = {
         "*Trainable.compute_*": (("tf",), "as above"),
         "*with_targets*": (("tf",), "as above"),
         "*register_record*": (("tf",), "so that Keras finds the tensors in a record"),
-        "*_summed_losses*": (("tf",), "its own gradient, which a loop of TensorFlow's would keep all logits for"),
-        "*_slopes*": (("tf",), "as above"),
+        "*_summed_losses*": (BOTH, "its own gradient, for a compiled loop would keep all logits, or compute them twice"),
+        "*_slopes*": (BOTH, "as above"),
     },
     "lora.py": {
         "*LoraLinear.weight*": (BOTH, "they call it kernel"),
