@@ -22,6 +22,9 @@ from opt_common.hub import QUANTIZED
 OK, FAILED, USAGE, DIFFERENT, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes; `_EPILOGUE` says them to users."""
 
+_NAME_WIDTH = 50
+"""Columns that the names of tensors take, or more where one is longer."""
+
 _EPILOGUE = """\
 exit codes:
   0    done
@@ -372,9 +375,11 @@ def _show_inspection(result: Inspection) -> None:
         f"head {'tied' if config['tie_word_embeddings'] else 'untied'}"
     )
     print()
-    for pattern, tensor, count in result.grouped():
+    groups = result.grouped()
+    width = max((_NAME_WIDTH, *(len(pattern) for pattern, _, _ in groups)))
+    for pattern, tensor, count in groups:
         many = f"  ×{count}" if count > 1 else ""
-        print(f"  {pattern:50} {tensor.dtype:9} {list(tensor.shape)}{many}")
+        print(f"  {pattern:{width}} {tensor.dtype:9} {list(tensor.shape)}{many}")
     if result.problem is not None:
         print(f"\nThis checkpoint would not load. {result.problem}")
 

@@ -58,7 +58,7 @@ def weights_of(checkpoint: Checkpoint, *, dequantize: bool = False) -> Weights:
         raise CheckpointError(f"{where} holds no quantised weights. Leave out --dequantize (dequantize=True).")
     if checkpoint.storage is not None and not dequantize:
         raise CheckpointError(
-            f"{where} is quantised ({checkpoint.storage}), which this format is not. Use --dequantize "
+            f"{where} is quantised ({checkpoint.storage}), and this format holds numbers. Use --dequantize "
             f"(dequantize=True) for the numbers that its integers stand for, or --to {QUANTIZED} for a copy."
         )
     table = parameter_table(checkpoint.config, head=checkpoint.head)

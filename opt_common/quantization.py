@@ -130,7 +130,7 @@ def choose_quantization(
     if config.quantization not in available:
         fitting = [name for name in available if STORAGES[name] == storage]
         advice = (
-            f"Pass quantization={fitting[0]!r}, which has the same weights."
+            f"Pass quantization={fitting[0]!r}, or set it in config.json: its weights are the same."
             if fitting
             else "Use PyTorch, or write its numbers first: opt-convert convert --dequantize."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opt_common.errors import CheckpointError
-from opt_common.hub import FORMATS, find_weights, read_index, resolve
+from opt_common.hub import FORMATS, QUANTIZED, WEIGHT_FILES, find_weights, read_index, resolve
 from tests.paths import GOLDENS
 from tests.stand_in_hub import Client, Repository, StandInHub
 
@@ -72,6 +72,13 @@ def test_shards_are_those_that_the_index_names(tmp_path, format_name):
 def test_a_single_file_wins_over_shards_as_in_opt_13b(tmp_path):
     fill(tmp_path, sharded("flax") | contents([SINGLES["flax"]]))
     assert find_weights(tmp_path) == ("flax", (tmp_path / SINGLES["flax"],), None)
+
+
+def test_rounded_weights_come_last(tmp_path):
+    fill(tmp_path, contents([WEIGHT_FILES[QUANTIZED].single]))
+    assert find_weights(tmp_path) == (QUANTIZED, (tmp_path / WEIGHT_FILES[QUANTIZED].single,), None)
+    fill(tmp_path, contents([SINGLES["flax"]]))
+    assert find_weights(tmp_path)[0] == "flax"
 
 
 def test_an_index_without_any_shard_does_not_hide_another_format(tmp_path):

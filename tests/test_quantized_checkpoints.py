@@ -120,7 +120,9 @@ def test_every_framework_stores_the_integers_of_the_rules_and_loads_what_others_
 def test_what_does_not_fit_is_refused_with_what_to_pass(backend, rounded, tmp_path):
     available = schemes(backend)
     if "int8" not in available:
-        with pytest.raises(ConfigError, match=r"'int8', which this framework does not have. Pass quantization='int8-d"):
+        with pytest.raises(
+            ConfigError, match=r"'int8', which this framework does not have. Pass quantization='int8-dynamic', or set"
+        ):
             backend.load(rounded / "int8")
         with pytest.raises(ConfigError, match=r"'int4', which this framework does not have. Use PyTorch, or write"):
             backend.load(rounded / "int4")
