@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -76,6 +77,8 @@ def measure(framework: str, layers: list[int], lengths: list[int], tokens: int) 
 
 def main() -> None:
     """Measure one framework, print two tables, and write JSON."""
+    # Compiling is what is measured: nothing may be found ready.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("framework", choices=("torch", "tf", "flax"))
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48], help="numbers of layers")
