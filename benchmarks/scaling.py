@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,30 @@ def measure(framework: str, layers: list[int], lengths: list[int], tokens: int) 
                 for length in lengths:
                     found["lengths"][length] = timed(package, model, length, tokens)
     return found
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row for each framework, the ratio of most layers to fewest in bold."""
+    lines = []
+    for one in found:
+        layers, lengths = one["layers"], one["lengths"]
+        few, *_, many = (layers[depth] for depth in sorted(layers, key=int))
+        cells = []
+        for kind, unit, factor in (("compiling", "s", 1), ("token", "ms", 1e3)):
+            digits = 1 if unit == "s" else 0
+            figures = " · ".join(f"{abs(layers[depth][kind]) * factor:.{digits}f}" for depth in sorted(layers, key=int))
+            ratio = f" · **{many[kind] / few[kind]:.1f}**" if few[kind] > 0.1 else ""
+            cells.append(f"{figures} {unit}{ratio}")
+        cells.append(" · ".join(f"{lengths[length]['token'] * 1e3:.0f}" for length in sorted(lengths, key=int)) + " ms")
+        lines.append(f"| opt_{one['framework']} | {' | '.join(cells)} |")
+    depths, texts = (" · ".join(sorted(found[0][kind], key=int)) for kind in ("layers", "lengths"))
+    return "\n".join(
+        [
+            f"| | compiling, {depths} layers | a token, {depths} layers | a token after {texts} |",
+            "| --- | ---: | ---: | ---: |",
+            *lines,
+        ]
+    )
 
 
 def main() -> None:

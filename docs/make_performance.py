@@ -1,6 +1,7 @@
 """Write the tables of `docs/performance.md` from `benchmarks/results/`; with --check, exit with 1 if they are old.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end -->`; NAME.json is what `benchmarks.speed --json` wrote.
+After `<!-- scaling: NAME NAME -->` it is made of what `benchmarks.scaling --json` wrote.
 """
 
 import argparse
@@ -14,17 +15,18 @@ PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.speed import table  # noqa: E402  (the repository's root is no package)
+from benchmarks import scaling, speed  # noqa: E402  (the repository's root is no package)
 
 
 def rendered(page: str) -> str:
     """The page with its tables made anew."""
 
     def block(found: re.Match[str]) -> str:
-        result = json.loads((RESULTS / f"{found[1]}.json").read_text(encoding="utf-8"))
-        return f"<!-- results: {found[1]} -->\n\n{table(result)}\n\n<!-- end -->"
+        results = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in found[2].split()]
+        table = scaling.table(results) if found[1] == "scaling" else speed.table(*results)
+        return f"<!-- {found[1]}: {found[2]} -->\n\n{table}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- results: ([\w.-]+) -->.*?<!-- end -->", block, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (results|scaling): ([\w. -]+) -->.*?<!-- end -->", block, page, flags=re.DOTALL)
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """The pieces that the PyTorch model is made of: its activation functions, and its layers with their initial weights."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +27,23 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class Embedding(nn.Embedding):
+    """A table of embeddings."""
+
+    def reset_parameters(self) -> None:
+        """Give it PyTorch's initial numbers, unless it is on the meta device."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the fastest way that this machine has, to the same numbers."""
+
+    def reset_parameters(self) -> None:
+        """Give it PyTorch's initial numbers, unless it is on the meta device."""
+        # There is nothing to fill there, and PyTorch would import its compiler to do so, which takes most of a second.
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to outputs (…, out_features)."""
@@ -150,7 +164,12 @@ class Builder:
         self.device = device
         self.quantization = config.quantization
         check_quantization(config, AVAILABLE)
-        self.normal = functools.partial(nn.init.normal_, std=config.init_std)
+        self.init_std = config.init_std
+
+    def normal(self, weight: Tensor) -> None:
+        """Fill a new weight, unless it is on the meta device."""
+        if not weight.is_meta:
+            nn.init.normal_(weight, std=self.init_std)
 
     def linear(self, in_features: int, out_features: int, *, use_bias: bool) -> nn.Module:
         """A linear layer. In few bits it starts as zeros."""
@@ -167,7 +186,7 @@ class Builder:
 
     def embedding(self, rows: int, features: int, *, pad: int | None = None) -> nn.Embedding:
         """A table of embeddings; row `pad` starts as zeros and gets no gradient from look-ups."""
-        layer = nn.Embedding(rows, features, padding_idx=pad, device=self.device, dtype=self.dtype)
+        layer = Embedding(rows, features, padding_idx=pad, device=self.device, dtype=self.dtype)
         self.normal(layer.weight)
         if pad is not None:
             nn.init.zeros_(layer.weight[pad])

@@ -243,7 +243,7 @@ SANCTIONED = {
         "*Trainable.compute_*": (("tf",), "as above"),
         "*with_targets*": (("tf",), "as above"),
         "*register_record*": (("tf",), "so that Keras finds the tensors in a record"),
-        "*_summed_losses*": (BOTH, "its own gradient, for a compiled loop would keep all logits, or compute them twice"),
+        "*_summed_losses*": (BOTH, "its own gradient: a compiled loop keeps all logits, or computes them twice"),
         "*_slopes*": (BOTH, "as above"),
     },
     "lora.py": {
