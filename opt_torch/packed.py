@@ -124,7 +124,8 @@ def in_order(weight_FD: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight_FD) if gains(weight_FD) else weight_FD
 
 
-@torch.compiler.disable
+# As torch.compiler.disable, which would import the compiler, and with it most of a second, for everybody.
+@torch._disable_dynamo  # pyright: ignore[reportPrivateUsage]
 def outside_of_graphs(layer: PackedLinear, inputs: Tensor) -> Tensor:
     """A layer's outputs, computed where a compiler does not look: it knows no matrix in oneDNN's order."""
     return layer(inputs)

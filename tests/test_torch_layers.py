@@ -2,13 +2,14 @@
 
 import copy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.adapters import BACKENDS
-from tests.paths import GOLDENS
+from tests.paths import GOLDENS, ROOT
 
 if "torch" not in BACKENDS:
     pytest.skip("the PyTorch backend is not under test", allow_module_level=True)
@@ -168,3 +169,18 @@ def test_weights_stay_in_the_file_which_stays_as_it_is(tmp_path):
 def contains(line, address):
     start, end = line.split()[0].split("-")
     return int(start, 16) <= address < int(end, 16)
+
+
+def test_loading_and_generating_imports_no_compiler():
+    """PyTorch's takes most of a second to import, and fills tensors on the meta device."""
+    program = """
+import sys
+import torch
+from opt_torch import OPTForCausalLM
+from opt_torch.packed import pack
+model = OPTForCausalLM.from_pretrained(sys.argv[1])
+pack(model)
+model.generate(torch.tensor([[4, 5]]), max_new_tokens=3)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program, str(GOLDENS / "pre_ln" / "safetensors")], check=True, cwd=ROOT)
