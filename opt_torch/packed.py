@@ -125,7 +125,7 @@ def in_order(weight_FD: Tensor) -> Tensor:
 
 
 # As torch.compiler.disable, which would import the compiler, and with it most of a second, for everybody.
-@torch._disable_dynamo  # pyright: ignore[reportPrivateUsage]
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def outside_of_graphs(layer: PackedLinear, inputs: Tensor) -> Tensor:
     """A layer's outputs, computed where a compiler does not look: it knows no matrix in oneDNN's order."""
     return layer(inputs)
