@@ -6,7 +6,7 @@ C of them at a time in each of K chunks.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def causal_lm_loss(
         labels_KC = jnp.pad(labels_X, (0, missing), constant_values=IGNORED_LABEL).reshape(K, rows)
         # The head's weights, which the loss closes over, become arguments: it has gradients with respect to them, too.
         loss, weights = jax.closure_convert(chunk_loss, hidden_KCE[0], labels_KC[0])
-        total = _summed_losses(loss, hidden_KCE, labels_KC, weights)
+        total = cast(Array, _summed_losses(loss, hidden_KCE, labels_KC, weights))
     count = (labels_X != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
 
