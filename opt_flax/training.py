@@ -73,7 +73,8 @@ def causal_lm_loss(
 ) -> Array:
     """Cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts.
 
-    The logits are computed `CHUNK_LOGITS` at a time; where that is not all of them, gradients along with the loss.
+    The logits are computed `CHUNK_LOGITS` at a time; where that is not all of them, gradients along with the loss,
+    which then has no forward-mode derivative.
 
     Args:
         head: hidden states (C, E) to logits (C, V).

@@ -210,14 +210,14 @@ def test_a_directory_that_will_not_do(user, monkeypatch, spoil, problem):
     [
         ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/opt-flax"),
         ("darwin", {"XDG_CACHE_HOME": "/caches"}, "/caches/opt-flax"),
-        ("linux", {"XDG_CACHE_HOME": "caches"}, "/home/me/.cache/opt-flax"),
-        ("linux", {"XDG_CACHE_HOME": ""}, "/home/me/.cache/opt-flax"),
-        ("linux", {}, "/home/me/.cache/opt-flax"),
-        ("darwin", {}, "/home/me/Library/Caches/opt-flax"),
-        ("win32", {}, "/home/me/AppData/Local/opt-flax"),
+        ("linux", {"XDG_CACHE_HOME": "caches"}, "/me/.cache/opt-flax"),
+        ("linux", {"XDG_CACHE_HOME": ""}, "/me/.cache/opt-flax"),
+        ("linux", {}, "/me/.cache/opt-flax"),
+        ("darwin", {}, "/me/Library/Caches/opt-flax"),
+        ("win32", {}, "/me/AppData/Local/opt-flax"),
         ("win32", {"LOCALAPPDATA": "/local"}, "/local/opt-flax"),
     ],
 )
 def test_where_a_user_s_caches_are(monkeypatch, platform, environment, directory):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/me")
     assert cli.cache_directory(environment, platform) == Path(directory)
