@@ -214,7 +214,8 @@ def test_a_conversation_reads_only_what_is_new(generate, monkeypatch):
 def test_in_a_terminal():
     """A real one: text streams, a person adds to it, Ctrl-C ends an answer, and at the prompt the program."""
     program = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind its back with it ignored
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # from now on, Ctrl-C on this terminal is a signal to this program
 from opt_common import streaming
 from opt_torch.cli import main

@@ -15,6 +15,9 @@ SCRIPTS = PROJECT["project"]["scripts"]
 INTERRUPTED = """
     import os, signal, sys
 
+    # A shell starts what runs behind its back with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
     class Presses:
         def find_spec(self, name, *_):
             if name == "numpy":
