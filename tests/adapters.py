@@ -5,6 +5,7 @@ A framework is imported when its adapter is made, so that a test run over one fr
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import os
 import warnings
@@ -547,6 +548,7 @@ class TFAdapter(Adapter):
 
     def compilations(self) -> int:
         module = importlib.import_module("opt_tf.generation")
+        gc.collect()  # programs go with their model: a dead one must not go between two counts
         return sum(step.experimental_get_tracing_count() for steps in module._STEPS.values() for step in steps.values())
 
     def call(self, model: Any, training: bool, arguments: Mapping[str, Any]) -> Any:
