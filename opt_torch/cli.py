@@ -33,11 +33,12 @@ def load(path_or_id: str, *, architecture: str = "OPTForCausalLM", **options: An
     import torch
 
     import opt_torch
+    from opt_common.native import library
     from opt_torch.packed import pack
 
     model = getattr(opt_torch, architecture).from_pretrained(path_or_id, **options)
     # In float32 a single text gains nothing, and a checkpoint would no longer be used from where it lies in its file.
-    if model.dtype is torch.bfloat16:
+    if model.dtype is torch.bfloat16 and library() is None:
         pack(model)
     return model
 

@@ -9,7 +9,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
+from opt_common.native import Kind
 from opt_common.quantization import check_quantization
+from opt_torch import native
 from opt_torch.quantized import AVAILABLE, Int4Linear, Int8Embedding, Int8Linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,11 +50,11 @@ class Linear(nn.Linear):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, in_features) to outputs (…, out_features)."""
         # Whatever stands in a plain parameter's place brings its own product.
-        if type(self.weight) is not nn.Parameter or not suits_onednn(inputs, self.weight):
+        if type(self.weight) is not nn.Parameter:
             return super().forward(inputs)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and suits_onednn(inputs, self.weight):
             return OneDNNProduct.apply(inputs, self.weight, self.bias)
-        return onednn_product(inputs, self.weight, self.bias)
+        return product(inputs, self.weight, self.bias)
 
 
 class Together:
@@ -118,7 +120,10 @@ def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
 
 
 def product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """Inputs (…, D) times the transposed weight, and the bias, where no gradients are wanted."""
+    """Inputs (…, D) times the transposed weight, and the bias, where no gradients are wanted of oneDNN."""
+    if native.suits(inputs, weight_FD, bias_F):
+        kind = Kind.FLOAT32_ROWS if weight_FD.dtype is torch.float32 else Kind.BFLOAT16_ROWS
+        return native.product(kind, inputs, weight_FD, None, bias_F)
     multiply = onednn_product if suits_onednn(inputs, weight_FD) else functional.linear
     return multiply(inputs, weight_FD, bias_F)
 

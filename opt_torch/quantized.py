@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opt_common.errors import CheckpointError
+from opt_common.native import Kind
 from opt_common.quantization import GROUP_SIZE, INT8_LIMIT, OUTLIER, Rows, pack, quantize_groups, quantize_rows, unpack
+from opt_torch import native
 
 AVAILABLE = ("int8-dynamic", "int8", "int4")
 """Values of `OPTConfig.quantization` that this backend has."""
@@ -65,6 +67,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
+        if native.suits(inputs, self.codes_FD, self.bias):
+            kind = Kind.INT8_DYNAMIC_ROWS if self.dynamic else Kind.INT8_ROWS
+            return native.product(kind, inputs, self.codes_FD, self.scales_F, self.bias)
         inputs_MD = inputs.reshape(-1, self.in_features)
         multiply = self.multiply_rounded if self.dynamic else self.multiply
         outputs_MF = multiply(inputs_MD)

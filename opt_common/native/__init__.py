@@ -1,0 +1,70 @@
+"""Products of a few rows of inputs with a matrix, in C: what decoding on a CPU consists of.
+
+A token that is decoded reads every weight once, so that memory sets the pace; the frameworks' own products do not keep
+it, least of all in few bits. Each backend calls these instead where they suit: a handful of rows, a CPU, no gradients.
+
+The library is built when the package is installed. Without a C compiler there is none, and each backend multiplies as
+its framework does; so it does if the environment variable `OPT_NATIVE` is 0.
+"""
+
+import ctypes
+import enum
+import functools
+import os
+from pathlib import Path
+
+MAX_ROWS = 16
+"""Rows of inputs that a product takes at most. The numbers in this file are those of `products.h`."""
+
+VERSION = 1
+"""The library's functions as this file knows them. One that was built for another version is not used."""
+
+
+class Kind(enum.IntEnum):
+    """How a matrix is stored: (F, D) in rows or (D, F) in columns, for inputs (M, D) and outputs (M, F).
+
+    Inputs, bias and outputs are float32 or bfloat16; scales, of which integers have one for each row, float32.
+    """
+
+    FLOAT32_ROWS = 0
+    BFLOAT16_ROWS = 1
+    INT8_ROWS = 2
+    INT8_DYNAMIC_ROWS = 3
+    FLOAT32_COLUMNS = 4
+    BFLOAT16_COLUMNS = 5
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, or None where there is none."""
+    path = Path(__file__).with_name("_library.abi3.so")
+    if os.environ.get("OPT_NATIVE") == "0" or not path.is_file():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+        if loaded.opt_version() != VERSION:
+            return None
+    except (OSError, AttributeError):
+        # Built for another machine, or before this version of the package.
+        return None
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    loaded.opt_product.argtypes = [
+        *(flag, flag, pointer, size, size, size),
+        *(pointer, flag),
+        *(pointer, pointer),
+        *(pointer, flag),
+        *(pointer, flag),
+    ]
+    loaded.opt_xla_register.argtypes = [pointer, ctypes.c_char_p, pointer]
+    return loaded
+
+
+def xla_handler(kind: Kind) -> int:
+    """The address of the function that XLA's programs call for a product.
+
+    Its arguments are inputs, matrix, scales if there are any, and maybe a bias.
+    """
+    function = getattr(library(), f"opt_xla_{kind.name.lower()}")
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address

@@ -1,0 +1,380 @@
+/* Products of a few rows of inputs with a matrix, for one instruction set.
+
+   products.c includes this file once for each set, with NAME() telling the functions of one from those of another and
+   WIDE_INTEGERS set where there is an instruction for sums of four 8-bit products (VNNI).
+
+   Inputs are float32, (M, D). A matrix is read once, from memory, whatever M is: that is all the time there is to save.
+*/
+
+/* Sixteen numbers. The compiler makes of them as many instructions as the set needs. */
+
+static inline floats NAME(load_float32)(const float *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline floats NAME(load_bfloat16)(const uint16_t *from) {
+#if WIDE_INTEGERS
+    __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+    return (floats)_mm512_castsi512_ps(bits);
+#else
+    uint32_t bits[LANES];
+    floats values;
+    for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)from[i] << 16;
+    memcpy(&values, bits, sizeof values);
+    return values;
+#endif
+}
+
+static inline floats NAME(load_int8)(const int8_t *from) {
+#if WIDE_INTEGERS
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#else
+    float copy[LANES];
+    floats values;
+    for (int i = 0; i < LANES; i++) copy[i] = from[i];
+    memcpy(&values, copy, sizeof values);
+    return values;
+#endif
+}
+
+static inline float NAME(sum)(floats values) {
+#if WIDE_INTEGERS
+    return _mm512_reduce_add_ps((__m512)values);
+#else
+    float parts[LANES];
+    memcpy(parts, &values, sizeof values);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
+#endif
+}
+
+#if WIDE_INTEGERS
+/* The sum of each of sixteen vectors: two become one that holds half as many parts of each, four times. */
+#define SUMS_OF_SIXTEEN(suffix, type, add)                                                                             \
+    static inline type NAME(sums_of_sixteen_##suffix)(const type *all) {                                               \
+        type eight[8], four[4], two[2];                                                                                \
+        for (int i = 0; i < 8; i++) {                                                                                  \
+            __m512i first = (__m512i)all[2 * i], second = (__m512i)all[2 * i + 1];                                     \
+            eight[i] = add((type)_mm512_unpacklo_epi32(first, second), (type)_mm512_unpackhi_epi32(first, second));    \
+        }                                                                                                              \
+        for (int i = 0; i < 4; i++) {                                                                                  \
+            __m512i first = (__m512i)eight[2 * i], second = (__m512i)eight[2 * i + 1];                                 \
+            four[i] = add((type)_mm512_unpacklo_epi64(first, second), (type)_mm512_unpackhi_epi64(first, second));     \
+        }                                                                                                              \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            __m512i first = (__m512i)four[2 * i], second = (__m512i)four[2 * i + 1];                                   \
+            two[i] = add((type)_mm512_shuffle_i32x4(first, second, 0x88),                                              \
+                         (type)_mm512_shuffle_i32x4(first, second, 0xdd));                                             \
+        }                                                                                                              \
+        __m512i first = (__m512i)two[0], second = (__m512i)two[1];                                                     \
+        return add((type)_mm512_shuffle_i32x4(first, second, 0x88), (type)_mm512_shuffle_i32x4(first, second, 0xdd));  \
+    }
+SUMS_OF_SIXTEEN(float32, __m512, _mm512_add_ps)
+SUMS_OF_SIXTEEN(int32, __m512i, _mm512_add_epi32)
+#undef SUMS_OF_SIXTEEN
+#endif
+
+/* The sum of each of `count` vectors. */
+static inline void NAME(sum_each)(const floats *totals, int count, float *sums) {
+#if WIDE_INTEGERS
+    if (count == 16) {
+        _mm512_storeu_ps(sums, NAME(sums_of_sixteen_float32)((const __m512 *)totals));
+        return;
+    }
+#endif
+    for (int i = 0; i < count; i++) sums[i] = NAME(sum)(totals[i]);
+}
+
+/* Sums of products of M rows of inputs, D apart, with R rows of a matrix, `apart` apart, to sums[m * R + r]. */
+#define DOTS(suffix, type, load, one, M, R)                                                                            \
+    static ALONE void NAME(dots_##suffix##_##M##_##R)(const float *inputs, const type *rows, size_t apart, size_t D,   \
+                                                      float *sums) {                                                   \
+        floats totals[M * R];                                                                                          \
+        UNROLLED                                                                                                       \
+        for (int i = 0; i < M * R; i++) totals[i] = (floats){0};                                                       \
+        size_t k = 0;                                                                                                  \
+        for (; k + LANES <= D; k += LANES) {                                                                           \
+            floats weights[R];                                                                                         \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++) weights[r] = NAME(load)(rows + r * apart + k);                                 \
+            UNROLLED                                                                                                   \
+            for (int m = 0; m < M; m++) {                                                                              \
+                floats values = NAME(load_float32)(inputs + m * D + k);                                                \
+                UNROLLED                                                                                               \
+                for (int r = 0; r < R; r++) totals[m * R + r] += values * weights[r];                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+        NAME(sum_each)(totals, M * R, sums);                                                                           \
+        for (; k < D; k++)                                                                                             \
+            UNROLLED                                                                                                   \
+            for (int m = 0; m < M; m++)                                                                                \
+                for (int r = 0; r < R; r++) sums[m * R + r] += inputs[m * D + k] * one(rows[r * apart + k]);           \
+    }
+
+/* The same of all rows of inputs with R rows of a matrix, the first of them `row`, `apart` rows apart. */
+#define DOTS_OF_ALL(suffix, type, load, one, R)                                                                        \
+    DOTS(suffix, type, load, one, 1, R)                                                                                \
+    DOTS(suffix, type, load, one, 2, R)                                                                                \
+    DOTS(suffix, type, load, one, 4, R)                                                                                \
+    static inline void NAME(dots_##suffix##_##R)(const struct product *p, size_t row, size_t apart) {                  \
+        const type *rows = (const type *)p->matrix + row * p->D;                                                       \
+        size_t D = p->D, m = 0;                                                                                        \
+        float sums[4 * R];                                                                                             \
+        while (m < p->M) {                                                                                             \
+            size_t count = p->M - m >= 4 ? 4 : p->M - m >= 2 ? 2 : 1;                                                  \
+            const float *inputs = p->floats + m * D;                                                                   \
+            if (count == 4) NAME(dots_##suffix##_4_##R)(inputs, rows, apart * D, D, sums);                             \
+            if (count == 2) NAME(dots_##suffix##_2_##R)(inputs, rows, apart * D, D, sums);                             \
+            if (count == 1) NAME(dots_##suffix##_1_##R)(inputs, rows, apart * D, D, sums);                             \
+            for (size_t i = 0; i < count; i++, m++)                                                                    \
+                for (size_t r = 0; r < R; r++) p->sums[m * p->F + row + r * apart] = sums[i * R + r];                  \
+        }                                                                                                              \
+    }
+
+#define FLOAT32_OF(value) (value)
+#define INT8_OF(value) ((float)(value))
+
+DOTS_OF_ALL(float32, float, load_float32, FLOAT32_OF, 4)
+DOTS_OF_ALL(float32, float, load_float32, FLOAT32_OF, 1)
+DOTS_OF_ALL(bfloat16, uint16_t, load_bfloat16, float_of, 4)
+DOTS_OF_ALL(bfloat16, uint16_t, load_bfloat16, float_of, 1)
+DOTS_OF_ALL(int8, int8_t, load_int8, INT8_OF, 4)
+DOTS_OF_ALL(int8, int8_t, load_int8, INT8_OF, 1)
+
+/* Sums of products of integers from -127 to 127, X rows with R, like `DOTS`. The inputs have 128 added to them. */
+#if WIDE_INTEGERS
+#define ADD_INTEGERS(X, R, load)                                                                                       \
+    {                                                                                                                  \
+        __m512i weights[R];                                                                                            \
+        UNROLLED                                                                                                       \
+        for (int r = 0; r < R; r++) {                                                                                  \
+            weights[r] = load(rows + r * apart + k);                                                                   \
+            surplus[r] = _mm512_dpbusd_epi32(surplus[r], all_128, weights[r]);                                         \
+        }                                                                                                              \
+        UNROLLED                                                                                                       \
+        for (int x = 0; x < X; x++) {                                                                                  \
+            __m512i values = load(inputs + x * D + k);                                                                 \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++)                                                                                \
+                totals[x * R + r] = _mm512_dpbusd_epi32(totals[x * R + r], values, weights[r]);                        \
+        }                                                                                                              \
+    }
+#define LOAD_INSIDE(from) _mm512_maskz_loadu_epi8(inside, from)
+#define INTEGER_DOTS(X, R)                                                                                             \
+    static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
+                                                   int32_t *sums) {                                                    \
+        const __m512i all_128 = _mm512_set1_epi8((char)128);                                                           \
+        __m512i totals[X * R], surplus[R], all[X * R];                                                                 \
+        UNROLLED                                                                                                       \
+        for (int i = 0; i < X * R; i++) totals[i] = _mm512_setzero_si512();                                            \
+        UNROLLED                                                                                                       \
+        for (int r = 0; r < R; r++) surplus[r] = _mm512_setzero_si512();                                               \
+        size_t k = 0;                                                                                                  \
+        for (; k + 64 <= D; k += 64) ADD_INTEGERS(X, R, _mm512_loadu_si512)                                            \
+        if (k < D) {                                                                                                   \
+            __mmask64 inside = (1ull << (D - k)) - 1;                                                                  \
+            ADD_INTEGERS(X, R, LOAD_INSIDE)                                                                            \
+        }                                                                                                              \
+        UNROLLED                                                                                                       \
+        for (int x = 0; x < X; x++)                                                                                    \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++) all[x * R + r] = _mm512_sub_epi32(totals[x * R + r], surplus[r]);              \
+        if (X * R == 16)                                                                                               \
+            _mm512_storeu_si512(sums, NAME(sums_of_sixteen_int32)(all));                                               \
+        else                                                                                                           \
+            UNROLLED                                                                                                   \
+            for (int i = 0; i < X * R; i++) sums[i] = _mm512_reduce_add_epi32(all[i]);                                 \
+    }
+#else
+#define INTEGER_DOTS(X, R)                                                                                             \
+    static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
+                                                   int32_t *sums) {                                                    \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int x = 0; x < X; x++) {                                                                              \
+                int32_t total = 0, surplus = 0;                                                                        \
+                for (size_t k = 0; k < D; k++) {                                                                       \
+                    total += inputs[x * D + k] * rows[r * apart + k];                                                  \
+                    surplus += rows[r * apart + k];                                                                    \
+                }                                                                                                      \
+                sums[x * R + r] = total - 128 * surplus;                                                               \
+            }                                                                                                          \
+    }
+#endif
+
+#define INTEGER_DOTS_OF_ALL(R)                                                                                         \
+    INTEGER_DOTS(1, R)                                                                                                 \
+    INTEGER_DOTS(2, R)                                                                                                 \
+    INTEGER_DOTS(4, R)                                                                                                 \
+    static inline void NAME(dots_int8_dynamic_##R)(const struct product *p, size_t row, size_t apart) {                \
+        const int8_t *rows = (const int8_t *)p->matrix + row * p->D;                                                   \
+        size_t D = p->D, X = p->has_large ? 2 * p->M : p->M, x = 0;                                                    \
+        int32_t sums[2 * MAX_ROWS * R];                                                                                \
+        for (; x + 4 <= X; x += 4)                                                                                     \
+            NAME(integer_dots_4_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                           \
+        if (x + 2 <= X) {                                                                                              \
+            NAME(integer_dots_2_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                           \
+            x += 2;                                                                                                    \
+        }                                                                                                              \
+        if (x < X) NAME(integer_dots_1_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                    \
+        for (size_t m = 0; m < p->M; m++)                                                                              \
+            for (size_t r = 0; r < R; r++) {                                                                           \
+                float total = (float)sums[m * R + r] * p->steps[m];                                                    \
+                if (p->has_large) total += (float)sums[(p->M + m) * R + r] * p->steps[p->M + m];                       \
+                p->sums[m * p->F + row + r * apart] = total;                                                           \
+            }                                                                                                          \
+    }
+
+INTEGER_DOTS_OF_ALL(4)
+INTEGER_DOTS_OF_ALL(1)
+
+/* Inputs as 8-bit integers with 128 added, one step for a row; large ones apart, with their own step, and what their
+   rounding leaves with the rest: the rule of "int8-dynamic" in opt_common/quantization.py, in the same order. */
+static void NAME(round_row)(const float *values, size_t D, float peak, uint8_t *integers, float *step) {
+    /* The smallest normal number keeps rows of zeros from being divided by zero. */
+    float unit = peak / 127 > FLT_MIN ? peak / 127 : FLT_MIN;
+    /* Adding this number and taking it away again rounds to the nearest integer, ties to even. */
+    const float rounder = 12582912;
+    for (size_t k = 0; k < D; k++) integers[k] = (uint8_t)((int32_t)((values[k] / unit + rounder) - rounder) + 128);
+    *step = unit;
+}
+
+/* The largest size of D numbers; infinite or none at all, if one of them is. */
+static float NAME(peak)(const float *values, size_t D) {
+    /* Sizes are in the order of their bits, which a compiler may compare in any order. */
+    int32_t largest = 0;
+    for (size_t k = 0; k < D; k++) {
+        int32_t bits;
+        memcpy(&bits, values + k, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float peak;
+    memcpy(&peak, &largest, sizeof peak);
+    return peak;
+}
+
+static int NAME(round_inputs)(const struct product *p, float *rest, uint8_t *integers, float *steps) {
+    size_t D = p->D, M = p->M;
+    int has_large = 0;
+    for (size_t m = 0; m < M; m++) has_large |= (steps[m] = NAME(peak)(p->floats + m * D, D)) > OUTLIER;
+    for (size_t m = 0; m < M; m++) {
+        const float *values = p->floats + m * D;
+        float peak = steps[m], large_step = 0;
+        uint8_t *large = integers + (M + m) * D;
+        if (!(peak <= FLT_MAX)) {
+            /* No step, and so no product. */
+            steps[m] = steps[M + m] = NAN;
+            continue;
+        }
+        if (has_large) {
+            for (size_t k = 0; k < D; k++) rest[k] = fabsf(values[k]) > OUTLIER ? values[k] : 0;
+            NAME(round_row)(rest, D, NAME(peak)(rest, D), large, &large_step);
+            for (size_t k = 0; k < D; k++) rest[k] = values[k] - (float)((int32_t)large[k] - 128) * large_step;
+            values = rest;
+            peak = NAME(peak)(rest, D);
+        }
+        NAME(round_row)(values, D, peak, integers + m * D, steps + m);
+        steps[M + m] = large_step;
+    }
+    return has_large;
+}
+
+/* What comes after the sums of columns `first` to `last` of the outputs: scales, bias, type. */
+static void NAME(finish)(const struct product *p, size_t first, size_t last) {
+    for (size_t m = 0; m < p->M; m++) {
+        float *sums = p->sums + m * p->F;
+        if (p->scales)
+            for (size_t f = first; f < last; f++) sums[f] *= p->scales[f];
+        if (p->bias && p->bias_type == BFLOAT16)
+            for (size_t f = first; f < last; f++) sums[f] += float_of(((const uint16_t *)p->bias)[f]);
+        else if (p->bias)
+            for (size_t f = first; f < last; f++) sums[f] += ((const float *)p->bias)[f];
+        if (p->output_type == BFLOAT16)
+            for (size_t f = first; f < last; f++) ((uint16_t *)p->outputs)[m * p->F + f] = bfloat16_of(sums[f]);
+    }
+}
+
+/* Rows of the matrix from `first` to `last`. Processors fetch in advance from several places at a time: four quarters. */
+#define ALL_ROWS(suffix)                                                                                               \
+    static void NAME(suffix##_rows)(const struct product *p, size_t first, size_t last) {                              \
+        size_t quarter = (last - first) / 4;                                                                           \
+        for (size_t f = first; f < first + quarter; f++) NAME(dots_##suffix##_4)(p, f, quarter);                       \
+        for (size_t f = first + 4 * quarter; f < last; f++) NAME(dots_##suffix##_1)(p, f, 0);                          \
+        NAME(finish)(p, first, last);                                                                                  \
+    }
+
+ALL_ROWS(float32)
+ALL_ROWS(bfloat16)
+ALL_ROWS(int8)
+ALL_ROWS(int8_dynamic)
+
+/* Rows of a matrix that is (D, F), times their inputs, added up: eight of them from row k on, or one. */
+#define ADD_ROWS(suffix, type, load, one, COUNT)                                                                       \
+    static ALONE void NAME(add_##suffix##_##COUNT)(const struct product *p, float *to, size_t k, size_t first,         \
+                                                   size_t last) {                                                      \
+        const type *rows = (const type *)p->matrix + k * p->F;                                                         \
+        const float *inputs = p->floats + k;                                                                           \
+        size_t f = first, F = p->F, D = p->D, M = p->M;                                                                \
+        for (; f + LANES <= last; f += LANES) {                                                                        \
+            floats weights[COUNT];                                                                                     \
+            for (int i = 0; i < COUNT; i++) weights[i] = NAME(load)(rows + i * F + f);                                 \
+            for (size_t m = 0; m < M; m++) {                                                                           \
+                floats total = NAME(load_float32)(to + m * F + f);                                                     \
+                for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * D + i];                               \
+                memcpy(to + m * F + f, &total, sizeof total);                                                          \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (; f < last; f++)                                                                                          \
+            for (size_t m = 0; m < M; m++)                                                                             \
+                for (int i = 0; i < COUNT; i++) to[m * F + f] += one(rows[i * F + f]) * inputs[m * D + i];             \
+    }
+
+/* The sums over rows `first` to `last` of the matrix, to (M, F) numbers. */
+#define ALL_COLUMNS(suffix, type, load, one)                                                                           \
+    ADD_ROWS(suffix, type, load, one, 8)                                                                               \
+    ADD_ROWS(suffix, type, load, one, 1)                                                                               \
+    static void NAME(suffix##_columns)(const struct product *p, float *to, size_t first, size_t last) {                \
+        /* So many columns that their sums stay near the processor. */                                                 \
+        size_t tile = 4096 / p->M;                                                                                     \
+        memset(to, 0, p->M * p->F * sizeof(float));                                                                    \
+        for (size_t start = 0; start < p->F; start += tile) {                                                          \
+            size_t k = first, end = start + tile < p->F ? start + tile : p->F;                                         \
+            for (; k + 8 <= last; k += 8) NAME(add_##suffix##_8)(p, to, k, start, end);                                \
+            for (; k < last; k++) NAME(add_##suffix##_1)(p, to, k, start, end);                                        \
+        }                                                                                                              \
+    }
+
+ALL_COLUMNS(float32, float, load_float32, FLOAT32_OF)
+ALL_COLUMNS(bfloat16, uint16_t, load_bfloat16, float_of)
+
+static const struct set NAME(set) = {
+    .round_inputs = NAME(round_inputs),
+    .finish = NAME(finish),
+    .rows =
+        {
+            [FLOAT32_ROWS] = NAME(float32_rows),
+            [BFLOAT16_ROWS] = NAME(bfloat16_rows),
+            [INT8_ROWS] = NAME(int8_rows),
+            [INT8_DYNAMIC_ROWS] = NAME(int8_dynamic_rows),
+        },
+    .columns =
+        {
+            [FLOAT32_COLUMNS] = NAME(float32_columns),
+            [BFLOAT16_COLUMNS] = NAME(bfloat16_columns),
+        },
+};
+
+#undef DOTS
+#undef DOTS_OF_ALL
+#undef INTEGER_DOTS
+#undef ADD_INTEGERS
+#undef LOAD_INSIDE
+#undef INTEGER_DOTS_OF_ALL
+#undef ALL_ROWS
+#undef ADD_ROWS
+#undef ALL_COLUMNS
+#undef FLOAT32_OF
+#undef INT8_OF

@@ -1,0 +1,155 @@
+/* A pool of threads that wait for work for a moment before they sleep: while a model decodes, the next product comes
+   some microseconds after the last, and to wake a thread takes longer than that. */
+
+#define _GNU_SOURCE
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <unistd.h>
+
+#define MAX_THREADS 64
+
+/* Turns of the loop in which a thread waits before it sleeps: some 50 microseconds. */
+#define PATIENCE 2000
+
+/* The number of the current call and, in the lowest byte, how many threads take part: one word, so that a thread that
+   takes no part never looks at anything else of a call. */
+static atomic_uint call;
+static atomic_int unfinished, sleepers;
+static void (*current_part)(void *, int, int);
+static void *current_argument;
+
+static pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t alarm_clock = PTHREAD_COND_INITIALIZER;
+static int started;
+
+static inline void pause_briefly(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static unsigned wait_for_call(unsigned seen) {
+    for (int turn = 0; turn < PATIENCE; turn++) {
+        unsigned now = atomic_load_explicit(&call, memory_order_acquire);
+        if (now != seen) return now;
+        pause_briefly();
+    }
+    pthread_mutex_lock(&bed);
+    atomic_fetch_add(&sleepers, 1);
+    while (atomic_load(&call) == seen) pthread_cond_wait(&alarm_clock, &bed);
+    atomic_fetch_sub(&sleepers, 1);
+    pthread_mutex_unlock(&bed);
+    return atomic_load(&call);
+}
+
+/* What a thread is told when it starts: its part, and the call that it is too late for. */
+static struct seat {
+    int index;
+    unsigned seen;
+} seats[MAX_THREADS];
+
+static void *work(void *argument) {
+    const struct seat *seat = argument;
+    int index = seat->index;
+    unsigned seen = seat->seen;
+    for (;;) {
+        seen = wait_for_call(seen);
+        int count = (int)(seen & 0xff);
+        if (index >= count) continue;
+        current_part(current_argument, index, count);
+        atomic_fetch_sub_explicit(&unfinished, 1, memory_order_release);
+    }
+    return NULL;
+}
+
+/* A child process has the memory of the pool, and none of its threads. */
+static void forget_threads(void) {
+    started = 0;
+    atomic_store(&sleepers, 0);
+    pthread_mutex_init(&one_caller, NULL);
+    pthread_mutex_init(&bed, NULL);
+    pthread_cond_init(&alarm_clock, NULL);
+}
+
+int opt_count_of_threads(int wanted) {
+#ifdef __linux__
+    cpu_set_t set;
+    if (wanted <= 0 && sched_getaffinity(0, sizeof set, &set) == 0) wanted = CPU_COUNT(&set);
+#endif
+    if (wanted <= 0) wanted = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return wanted < 1 ? 1 : wanted > MAX_THREADS ? MAX_THREADS : wanted;
+}
+
+/* How many threads there are, of `wanted`, the caller's among them. */
+static int start_threads(int wanted) {
+    if (started == 0) {
+        static int told;
+        if (!told) told = pthread_atfork(NULL, NULL, forget_threads) == 0;
+        started = 1;
+    }
+    if (started >= wanted) return wanted;
+    /* Signals are for the threads of the program. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    while (started < wanted) {
+        pthread_t thread;
+        seats[started] = (struct seat){started, atomic_load(&call)};
+        if (pthread_create(&thread, NULL, work, &seats[started]) != 0) break;
+        pthread_detach(thread);
+        started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return started;
+}
+
+struct shared_work {
+    void (*part)(void *, int, int);
+    void *argument;
+    int count;
+    atomic_int next;
+};
+
+static void take_parts(void *argument) {
+    struct shared_work *work = argument;
+    for (int index; (index = atomic_fetch_add(&work->next, 1)) < work->count;)
+        work->part(work->argument, index, work->count);
+}
+
+int opt_run_parts(void (*part)(void *argument, int index, int count), void *argument, int count, run_team *team) {
+    if (count == 1) {
+        part(argument, 0, 1);
+        return 1;
+    }
+    if (team) {
+        struct shared_work work = {part, argument, count, 0};
+        team(take_parts, &work, (unsigned)count, 0);
+        return count;
+    }
+    pthread_mutex_lock(&one_caller);
+    count = start_threads(count);
+    current_part = part;
+    current_argument = argument;
+    atomic_store(&unfinished, count - 1);
+    atomic_store(&call, ((atomic_load(&call) >> 8) + 1) << 8 | (unsigned)count);
+    if (atomic_load(&sleepers) > 0) {
+        pthread_mutex_lock(&bed);
+        pthread_cond_broadcast(&alarm_clock);
+        pthread_mutex_unlock(&bed);
+    }
+    part(argument, 0, count);
+    for (int turn = 0; atomic_load_explicit(&unfinished, memory_order_acquire) > 0; turn++) {
+        /* Who has no processor at this moment is to get one. */
+        if (turn >= PATIENCE) sched_yield();
+        else pause_briefly();
+    }
+    pthread_mutex_unlock(&one_caller);
+    return count;
+}

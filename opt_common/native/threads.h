@@ -1,0 +1,19 @@
+/* Threads that work on the parts of one thing together. */
+
+#ifndef OPT_THREADS_H
+#define OPT_THREADS_H
+
+/* How many threads `wanted` ones are: 0 means as many as there are processors to run on. */
+int opt_count_of_threads(int wanted);
+
+/* What runs a function on each of some threads that somebody else has: OpenMP's GOMP_parallel. */
+typedef void run_team(void (*function)(void *argument), void *argument, unsigned threads, unsigned flags);
+
+/* Run part(argument, index, count) for each index below `count`, and return when all are done: how many there were.
+
+   They run on the threads of a team, or where that is NULL on `count` of our own, or fewer where no more can be started;
+   then calls from several threads wait for each other. Two sets of threads that wait for work would take the processors
+   from each other: where OpenMP's are at work anyway, they are the ones to take. */
+int opt_run_parts(void (*part)(void *argument, int index, int count), void *argument, int count, run_team *team);
+
+#endif
