@@ -18,7 +18,7 @@ one_thread := OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2
 help:  ## list the targets
 	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(ready): pyproject.toml constraints.txt
+$(ready): pyproject.toml constraints.txt $(wildcard opt_common/native/*.[ch])
 	@echo 'Setting up $(VENV): some minutes the first time.'
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from opt_common.errors import InputError, MissingFrameworkError
+from opt_torch import native
 from opt_torch.cache import append
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flex_attention")
@@ -106,6 +107,9 @@ def attend(
         The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
         if wanted, the probabilities (B, N, T, S).
     """
+    fused = implementation == "sdpa" and not need_probs and dropout == 0
+    if past is not None and fused and native.suits_attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past):
+        return native.attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past, offset), past, None
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
         # Buffers may be of more bits than what is put into them.

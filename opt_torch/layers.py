@@ -12,7 +12,7 @@ from opt_common.config import LAYER_NORM_EPS, OPTConfig
 from opt_common.native import Kind
 from opt_common.quantization import check_quantization
 from opt_torch import native
-from opt_torch.quantized import AVAILABLE, Int4Linear, Int8Embedding, Int8Linear
+from opt_torch.quantized import AVAILABLE, Int8Embedding, Int8Linear, int4_linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -115,7 +115,7 @@ def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
         and inputs.device.type == "cpu"
         and weight_FD.dtype is torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not native.watched()
     )
 
 
@@ -180,7 +180,7 @@ class Builder:
         """A linear layer. In few bits it starts as zeros."""
         placing: dict[str, Any] = {"use_bias": use_bias, "device": self.device, "dtype": self.dtype}
         if self.quantization == "int4":
-            return Int4Linear(in_features, out_features, **placing)
+            return int4_linear(in_features, out_features, **placing)
         if self.quantization is not None:
             return Int8Linear(in_features, out_features, dynamic=self.quantization == "int8-dynamic", **placing)
         layer = Linear(in_features, out_features, bias=use_bias, device=self.device, dtype=self.dtype)

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from opt_common.native import MAX_ROWS, Kind, library
 
-FUNCTION = None if (_loaded := library()) is None else _loaded.opt_product
+_LIBRARY = library()
+PRODUCT = None if _LIBRARY is None else _LIBRARY.opt_product
+HAS_INT4 = _LIBRARY is not None and bool(_LIBRARY.opt_int4_works())
+ATTENTION = None if _LIBRARY is None else _LIBRARY.opt_attention
 
 
 def openmp() -> int | None:
@@ -24,70 +27,126 @@ def openmp() -> int | None:
 
 TEAM = openmp()
 
+_EITHER = (torch.float32, torch.bfloat16)
+
 SUITING = {
     torch.float32: (torch.float32,),
     torch.bfloat16: (torch.bfloat16,),
-    torch.int8: (torch.float32, torch.bfloat16),
+    torch.int8: _EITHER,
+    torch.uint8: _EITHER,
 }
 """The dtypes of inputs that a product takes, by the dtype of the matrix."""
 
-BIASES = (torch.float32, torch.bfloat16)
+BIASES = _EITHER
 """The dtypes of biases that a product takes."""
 
 
-def suits(inputs: Tensor, matrix_FD: Tensor, bias_F: Tensor | None) -> bool:
-    """Whether the library is to multiply inputs (…, D): some rows on a CPU of which nobody keeps a record."""
+def suits(inputs: Tensor, matrix_FX: Tensor, bias_F: Tensor | None) -> bool:
+    """Whether the library is to multiply inputs (…, D): on a CPU, and nobody keeps a record.
+
+    A matrix of two integers to a byte is (F, D / 2). It is multiplied whatever the number of rows is; others, by a few.
+    """
+    D = matrix_FX.shape[1] * (2 if matrix_FX.dtype is torch.uint8 else 1)
     return (
-        FUNCTION is not None
-        and inputs.dtype in SUITING.get(matrix_FD.dtype, ())
-        and 0 < inputs.numel() <= MAX_ROWS * inputs.shape[-1]
+        PRODUCT is not None
+        and inputs.dtype in SUITING.get(matrix_FX.dtype, ())
+        and not watched()
+        and 0 < inputs.numel() <= (MAX_ROWS * D if matrix_FX.dtype is not torch.uint8 else inputs.numel())
         and inputs.device.type == "cpu"
-        and matrix_FD.device.type == "cpu"
-        and inputs.shape[-1] == matrix_FD.shape[1]
-        and not torch.is_grad_enabled()
+        and matrix_FX.device.type == "cpu"
+        and inputs.shape[-1] == D
         and not torch.is_autocast_enabled("cpu")
         and type(inputs) is Tensor
-        and matrix_FD.is_contiguous()
+        and not (torch.is_grad_enabled() and recorded(inputs, matrix_FX, bias_F))
+        and matrix_FX.is_contiguous()
         and (bias_F is None or (bias_F.dtype in BIASES and bias_F.is_contiguous()))
-        and not watched()
     )
 
 
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of some of them may be asked for."""
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def watched() -> bool:
-    """Whether calls of PyTorch's are compiled, traced, counted or stand for many: they would miss one of the library's."""
+    """Whether PyTorch's calls are compiled, traced, counted or made for many at once: the library's would be missed."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 
 def product(
-    kind: Kind, inputs: Tensor, matrix_FD: Tensor, scales_F: Tensor | None = None, bias_F: Tensor | None = None
+    kind: Kind, inputs: Tensor, matrix_FX: Tensor, scales: Tensor | None = None, bias_F: Tensor | None = None
 ) -> Tensor:
     """Inputs (…, D) times the transposed matrix, and the bias, (…, F) in the dtype of the inputs."""
-    assert FUNCTION is not None
-    F, D = matrix_FD.shape
+    assert PRODUCT is not None
+    D = inputs.shape[-1]
+    F = len(matrix_FX)
+    M = inputs.numel() // D
     inputs = inputs.contiguous()
     outputs = inputs.new_empty((*inputs.shape[:-1], F))
     is_bfloat16 = inputs.dtype is torch.bfloat16
-    result = FUNCTION(
+    result = PRODUCT(
         kind,
         torch.get_num_threads(),
         TEAM,
-        inputs.numel() // D,
-        D,
-        F,
-        inputs.data_ptr(),
-        is_bfloat16,
-        matrix_FD.data_ptr(),
-        None if scales_F is None else scales_F.data_ptr(),
-        None if bias_F is None else bias_F.data_ptr(),
-        bias_F is not None and bias_F.dtype is torch.bfloat16,
-        outputs.data_ptr(),
-        is_bfloat16,
+        *(M, D, F),
+        *(inputs.data_ptr(), is_bfloat16),
+        *(matrix_FX.data_ptr(), None if scales is None else scales.data_ptr()),
+        *(None, False) if bias_F is None else (bias_F.data_ptr(), bias_F.dtype is torch.bfloat16),
+        *(outputs.data_ptr(), is_bfloat16),
     )
     if result != 0:
-        raise MemoryError(f"A product of {inputs.numel() // D} rows with a matrix of {F} x {D} found no memory.")
+        raise MemoryError(f"A product of {M} rows with a matrix of {F} x {D} found no memory.")
     return outputs
+
+
+def suits_attention(
+    q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor, bias_BNTS: Tensor | None, past: tuple[Tensor, Tensor]
+) -> bool:
+    """Whether the library is to compute attention of one new token a row: see `suits`."""
+    B, T, _, H = q_BTNH.shape
+    return (
+        ATTENTION is not None
+        and T == 1
+        and q_BTNH.dtype in BIASES
+        and q_BTNH.device.type == "cpu"
+        and not (torch.is_grad_enabled() and recorded(q_BTNH, k_BTNH, v_BTNH, bias_BNTS, *past))
+        and all(type(each) is Tensor and each.dtype is q_BTNH.dtype for each in (k_BTNH, v_BTNH))
+        and all(each.stride()[2:] == (H, 1) for each in (q_BTNH, k_BTNH, v_BTNH))
+        and (B == 1 or k_BTNH.stride(0) == v_BTNH.stride(0))
+        and all(each.dtype is torch.float32 and each.is_contiguous() for each in past)
+        and (bias_BNTS is None or (bias_BNTS.dtype is q_BTNH.dtype and bias_BNTS.stride(3) == 1))
+        and not watched()
+    )
+
+
+def attention(
+    q_B1NH: Tensor,
+    k_B1NH: Tensor,
+    v_B1NH: Tensor,
+    bias_BN1S: Tensor | None,
+    past: tuple[Tensor, Tensor],
+    offset: int,
+) -> Tensor:
+    """The context of scaled queries, (B, 1, N, H), once the keys and values are in slot `offset` of the buffers."""
+    assert ATTENTION is not None
+    keys_BSNH, values_BSNH = past
+    B, S, N, H = keys_BSNH.shape
+    context_B1NH = q_B1NH.new_empty((B, 1, N, H))
+    result = ATTENTION(
+        torch.get_num_threads(),
+        TEAM,
+        *(B, N, H, S, offset),
+        *(q_B1NH.data_ptr(), q_B1NH.stride(0)),
+        *(k_B1NH.data_ptr(), v_B1NH.data_ptr(), k_B1NH.stride(0), q_B1NH.dtype is torch.bfloat16),
+        None if bias_BN1S is None else bias_BN1S.data_ptr(),
+        0 if bias_BN1S is None or len(bias_BN1S) == 1 else bias_BN1S.stride(0),
+        *(keys_BSNH.data_ptr(), values_BSNH.data_ptr(), context_B1NH.data_ptr()),
+    )
+    if result != 0:
+        raise MemoryError(f"Attention of {B} rows to {offset + 1} tokens found no memory.")
+    return context_B1NH

@@ -31,9 +31,9 @@ for decoding, and takes two and a half times as long for a prompt."""
 KERNEL_BLOCK = 64
 """Rows that PyTorch's 4-bit kernel orders on their own."""
 
-PACKED_ROWS = 16 * KERNEL_BLOCK
-"""Rows that are brought into the order of PyTorch's 4-bit kernel at a time: its threads wait for each other after each
-call, which costs seconds in all where the processor is busy."""
+BLOCK_ROWS = 16 * KERNEL_BLOCK
+"""Rows of 4-bit integers that are taken over at a time. PyTorch's threads wait for each other after each block
+that they bring into the order of its kernel, which costs seconds in all where the processor is busy."""
 
 CUDA_ROWS = 17
 """PyTorch's product of 8-bit integers takes no fewer rows than this on CUDA."""
@@ -113,6 +113,90 @@ class Int4Linear(nn.Module):
     """A linear layer with 4-bit weights.
 
     Attributes:
+        codes_FX: the integers, two to a byte.
+        groups_FG2: scale and offset of each group.
+        bias: (F,) or None.
+    """
+
+    codes_FX: Tensor
+    groups_FG2: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, device: Any, dtype: Any) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_buffer("codes_FX", torch.empty(0, dtype=torch.uint8, device=device))
+        self.register_buffer("groups_FG2", torch.empty(0, dtype=torch.bfloat16, device=device))
+        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs (…, D) to outputs (…, F)."""
+        if native.suits(inputs, self.codes_FX, self.bias):
+            return native.product(Kind.INT4_ROWS, inputs, self.codes_FX, self.groups_FG2, self.bias)
+        # Inputs are rounded to bfloat16 on every path.
+        rounded = inputs.bfloat16().float()
+        if native.suits(rounded, self.codes_FX, None):
+            outputs = native.product(Kind.INT4_ROWS, rounded, self.codes_FX, self.groups_FG2)
+        else:
+            outputs = functional.linear(rounded, self.weight)
+        outputs = outputs if self.bias is None else outputs + self.bias
+        return outputs.to(inputs.dtype)
+
+    def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
+        """Take over the numbers of a matrix, (F, D).
+
+        Raises:
+            CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
+        """
+        del dtype  # that of the inputs is kept
+        F, D = weight_FD.shape
+        self.start(F, D, device)
+        for block in blocks(F, BLOCK_ROWS):
+            codes_FD, scales_FG, offsets_FG = quantize_groups(weight_FD[block])
+            self.assign_rows(block, *map(torch.from_numpy, (pack(codes_FD), scales_FG, offsets_FG)))
+
+    def assign_stored(self, parts: Sequence[Tensor], device: Any, dtype: torch.dtype) -> None:
+        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them.
+
+        Raises:
+            CheckpointError: as `assign_rounded`.
+        """
+        del dtype  # that of the inputs is kept
+        codes_FX, scales_FG, offsets_FG = parts
+        self.start(len(codes_FX), 2 * codes_FX.shape[1], device)
+        for block in blocks(len(codes_FX), BLOCK_ROWS):
+            self.assign_rows(block, codes_FX[block], scales_FG[block], offsets_FG[block])
+
+    def stored(self, index: int) -> Tensor:
+        """One of those parts."""
+        return self.codes_FX if index == 0 else self.groups_FG2[:, :, index - 1].contiguous()
+
+    def start(self, rows: int, columns: int, device: Any) -> None:
+        """Make room for a matrix."""
+        check_on_cpu(device)
+        self.codes_FX = torch.empty((rows, columns // 2), dtype=torch.uint8)
+        self.groups_FG2 = torch.empty((rows, columns // GROUP_SIZE, 2), dtype=torch.bfloat16)
+
+    def assign_rows(self, block: slice, codes_FX: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
+        """Take over some rows."""
+        self.codes_FX[block] = codes_FX
+        self.groups_FG2[block] = torch.stack((scales_FG, offsets_FG), dim=-1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (F, D), float32, made anew each time."""
+        codes_FX2 = torch.stack((self.codes_FX & 15, self.codes_FX >> 4), dim=-1)
+        groups_FG2 = self.groups_FG2.float()
+        codes_FGC = (codes_FX2.float() - 8).view(*groups_FG2.shape[:2], GROUP_SIZE)
+        return (codes_FGC * groups_FG2[..., :1] + groups_FG2[..., 1:]).flatten(1)
+
+
+class KernelInt4Linear(nn.Module):
+    """`Int4Linear` by PyTorch's own kernel, where the library of `opt_common.native` can't.
+
+    Attributes:
         packed: the integers, in the order that the kernel reads.
         scales_GF2: scale and offset of each group.
         bias: (F,) or None.
@@ -156,7 +240,7 @@ class Int4Linear(nn.Module):
         del dtype  # that of the inputs is kept
         F, D = weight_FD.shape
         self.start(F, D, device)
-        for block in blocks(F, PACKED_ROWS):
+        for block in blocks(F, BLOCK_ROWS):
             codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(weight_FD[block]))
             self.assign_rows(block, codes_FD, scales_FG, offsets_FG)
 
@@ -169,7 +253,7 @@ class Int4Linear(nn.Module):
         del dtype  # that of the inputs is kept
         codes_FX, scales_FG, offsets_FG = parts
         self.start(len(codes_FX), 2 * codes_FX.shape[1], device)
-        for block in blocks(len(codes_FX), PACKED_ROWS):
+        for block in blocks(len(codes_FX), BLOCK_ROWS):
             codes_FD = torch.from_numpy(unpack(codes_FX[block].numpy()))
             self.assign_rows(block, codes_FD, scales_FG[block], offsets_FG[block])
 
@@ -186,8 +270,7 @@ class Int4Linear(nn.Module):
 
     def start(self, rows: int, columns: int, device: Any) -> None:
         """Make room for a matrix."""
-        if torch.device(device).type != "cpu":
-            raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
+        check_on_cpu(device)
         if rows % KERNEL_WIDTH:
             raise CheckpointError(
                 f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {rows}. '
@@ -248,6 +331,17 @@ class Int8Embedding(nn.Module):
     def weight(self) -> Tensor:
         """The table, (V, D), made anew each time."""
         return (self.codes_FD * self.scales_F[:, None]).to(self.dtype)
+
+
+def int4_linear(in_features: int, out_features: int, **options: Any) -> Int4Linear | KernelInt4Linear:
+    """A linear layer with 4-bit weights, of the kind that is fast on this machine."""
+    return (Int4Linear if native.HAS_INT4 else KernelInt4Linear)(in_features, out_features, **options)
+
+
+def check_on_cpu(device: Any) -> None:
+    """Raise CheckpointError for a device that weights of 4 bits can't be on."""
+    if torch.device(device).type != "cpu":
+        raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
 
 
 def blocks(rows: int, step: int) -> Iterator[slice]:

@@ -40,6 +40,7 @@ RENAMED = {"call": "forward", "__call__": "forward"}
 
 TORCH_ALONE = {
     "bits_and_bytes.py": "bitsandbytes, which quantises base weights, is PyTorch's",
+    "native.py": "only PyTorch calls the library yet: XLA takes calls in another way",
     "packed.py": "XLA orders matrices itself",
 }
 """Files that only one package has, and why."""
@@ -124,9 +125,11 @@ SANCTIONED = {
         "*KERNEL_WIDTH*": (BOTH, "a limit of PyTorch's kernels"),
         "*KERNEL_ROWS*": (BOTH, "as above"),
         "*KERNEL_BLOCK*": (BOTH, "as above"),
-        "*PACKED_ROWS*": (BOTH, "as above"),
+        "*BLOCK_ROWS*": (BOTH, "as above"),
         "*CUDA_ROWS*": (BOTH, "a limit of PyTorch's kernels"),
         "*Int4Linear*": (BOTH, "only PyTorch multiplies by 4-bit integers"),
+        "*int4_linear*": (BOTH, "as above"),
+        "*check_on_cpu*": (BOTH, "as above"),
         "*blocks*": (BOTH, "as above"),
         "*kernel_order*": (BOTH, "as above"),
         "*Int8Linear.multiply*": (BOTH, "only PyTorch multiplies 8-bit integers by numbers that are not rounded"),

@@ -109,6 +109,9 @@ def test_without_a_mask_no_mask_tensor_is_built(torch_backend, load, monkeypatch
 def test_a_step_with_a_cache_and_no_mask_builds_none_either(torch_backend, load, monkeypatch):
     import torch
 
+    from opt_torch import native
+
+    monkeypatch.setattr(native, "ATTENTION", None)
     model = load(torch_backend, "pre_ln")
     cache = torch_backend.forward(model, input_ids=np.array([[5, 6, 7]]), use_cache=True).cache
     calls = []

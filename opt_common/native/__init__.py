@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 
 MAX_ROWS = 16
-"""Rows of inputs that a product takes at most. The numbers in this file are those of `products.h`."""
+"""Rows of inputs that a product is made for: of more, so many at a time. The numbers here are those of `products.h`."""
 
 VERSION = 1
 """The library's functions as this file knows them. One that was built for another version is not used."""
@@ -23,7 +23,8 @@ VERSION = 1
 class Kind(enum.IntEnum):
     """How a matrix is stored: (F, D) in rows or (D, F) in columns, for inputs (M, D) and outputs (M, F).
 
-    Inputs, bias and outputs are float32 or bfloat16; scales, of which integers have one for each row, float32.
+    Inputs, bias and outputs are float32 or bfloat16. 8-bit integers have a scale for each row, (F,) in float32; 4-bit
+    ones, two to a byte, a scale and an offset for each 32 in a row, (F, D / 32, 2) in bfloat16.
     """
 
     FLOAT32_ROWS = 0
@@ -32,6 +33,7 @@ class Kind(enum.IntEnum):
     INT8_DYNAMIC_ROWS = 3
     FLOAT32_COLUMNS = 4
     BFLOAT16_COLUMNS = 5
+    INT4_ROWS = 6
 
 
 @functools.cache
@@ -54,6 +56,12 @@ def library() -> ctypes.CDLL | None:
         *(pointer, pointer),
         *(pointer, flag),
         *(pointer, flag),
+    ]
+    loaded.opt_attention.argtypes = [
+        *(flag, pointer, size, size, size, size, size),
+        *(pointer, size, pointer, pointer, size, flag),
+        *(pointer, size),
+        *(pointer, pointer, pointer),
     ]
     loaded.opt_xla_register.argtypes = [pointer, ctypes.c_char_p, pointer]
     return loaded

@@ -350,9 +350,93 @@ ALL_ROWS(int8_dynamic)
 ALL_COLUMNS(float32, float, load_float32, FLOAT32_OF)
 ALL_COLUMNS(bfloat16, uint16_t, load_bfloat16, float_of)
 
+/* exp(x) for x up to 0: 2^n times the series of 2^f, |f| <= 1/2, whose terms are ln(2)^k / k! f^k. */
+static inline float NAME(exponential)(float x) {
+    float t = (x < -87 ? -87 : x) * 1.44269504f, whole = (t + 12582912) - 12582912, f = t - whole, power;
+    float p = 1.525273380e-05f;
+    p = p * f + 1.540353039e-04f;
+    p = p * f + 1.333355815e-03f;
+    p = p * f + 9.618129108e-03f;
+    p = p * f + 5.550410866e-02f;
+    p = p * f + 2.402265070e-01f;
+    p = p * f + 6.931471806e-01f;
+    p = p * f + 1;
+    int32_t bits = ((int32_t)whole + 127) * (1 << 23);
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+/* What slots `first` to `last` of row b give to each head: see struct share. */
+static void NAME(attend_slots)(const struct attention *a, size_t b, size_t first, size_t last, float *scores,
+                               const struct share *share) {
+    size_t S = last - first, N = a->heads, H = a->head_dim, D = N * H;
+    const float *queries = a->queries + b * D;
+    const float *keys = a->keys + (b * a->capacity + first) * D, *values = a->values + (b * a->capacity + first) * D;
+    for (size_t s = 0; s < S; s++)
+        for (size_t n = 0; n < N; n++) {
+            floats total = {0};
+            size_t h = 0;
+            for (; h + LANES <= H; h += LANES)
+                total += NAME(load_float32)(queries + n * H + h) * NAME(load_float32)(keys + s * D + n * H + h);
+            float score = NAME(sum)(total);
+            for (; h < H; h++) score += queries[n * H + h] * keys[s * D + n * H + h];
+            scores[n * S + s] = score;
+        }
+    for (size_t n = 0; n < N; n++) {
+        float *own = scores + n * S, peak = -INFINITY, total = 0;
+        if (a->bias && a->type == BFLOAT16)
+            for (size_t s = 0; s < S; s++) own[s] += float_of(((const uint16_t *)a->bias)[b * a->bias_row + first + s]);
+        else if (a->bias)
+            for (size_t s = 0; s < S; s++) own[s] += ((const float *)a->bias)[b * a->bias_row + first + s];
+        for (size_t s = 0; s < S; s++) peak = own[s] > peak ? own[s] : peak;
+        for (size_t s = 0; s < S; s++) own[s] = NAME(exponential)(own[s] - peak);
+        for (size_t s = 0; s < S; s++) total += own[s];
+        share->peaks[b * N + n] = peak;
+        share->totals[b * N + n] = total;
+    }
+    float *contexts = share->contexts + b * D;
+    memset(contexts, 0, D * sizeof(float));
+    for (size_t s = 0; s < S; s++)
+        for (size_t n = 0; n < N; n++) {
+            float weight = scores[n * S + s], *to = contexts + n * H;
+            const float *from = values + s * D + n * H;
+            size_t h = 0;
+            for (; h + LANES <= H; h += LANES) {
+                floats sum = NAME(load_float32)(to + h) + weight * NAME(load_float32)(from + h);
+                memcpy(to + h, &sum, sizeof sum);
+            }
+            for (; h < H; h++) to[h] += weight * from[h];
+        }
+}
+
+/* All shares of a head as one. */
+static void NAME(merge_shares)(const struct attention *a, const struct share *shares, int count) {
+    size_t heads = a->batch * a->heads, H = a->head_dim;
+    for (size_t n = 0; n < heads; n++) {
+        float peak = -INFINITY, total = 0, *context = shares[0].contexts + n * H;
+        for (int i = 0; i < count; i++)
+            if (shares[i].totals[n] != 0 && !(shares[i].peaks[n] <= peak)) peak = shares[i].peaks[n];
+        for (int i = 0; i < count; i++) {
+            const float *other = shares[i].contexts + n * H;
+            if (shares[i].totals[n] == 0) continue;
+            float factor = NAME(exponential)(shares[i].peaks[n] - peak);
+            /* The first that counts may be any of them. */
+            for (size_t h = 0; h < H; h++) context[h] = (total == 0 ? 0 : context[h]) + factor * other[h];
+            total += factor * shares[i].totals[n];
+        }
+        for (size_t h = 0; h < H; h++) context[h] /= total;
+        if (a->type == BFLOAT16)
+            for (size_t h = 0; h < H; h++) ((uint16_t *)a->outputs)[n * H + h] = bfloat16_of(context[h]);
+        else
+            memcpy((float *)a->outputs + n * H, context, H * sizeof(float));
+    }
+}
+
 static const struct set NAME(set) = {
     .round_inputs = NAME(round_inputs),
     .finish = NAME(finish),
+    .attend_slots = NAME(attend_slots),
+    .merge_shares = NAME(merge_shares),
     .rows =
         {
             [FLOAT32_ROWS] = NAME(float32_rows),

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "product.h"
 #include "threads.h"
 
 #define LANES 16
@@ -21,43 +22,31 @@
 
 typedef float floats __attribute__((vector_size(LANES * sizeof(float))));
 
-struct product {
-    size_t M, D, F;
-    const void *matrix;
-    const float *scales;     /* (F,) of integers, or NULL */
-    const float *floats;     /* inputs, (M, D) */
-    const uint8_t *integers; /* rounded inputs with 128 added, (M, D), and the large ones likewise behind them */
-    const float *steps;      /* what they are multiplied by */
-    int has_large;
-    float *sums; /* (M, F), where outputs are float32 these */
+struct attention {
+    size_t batch, heads, head_dim, capacity, slots;
+    const float *queries, *keys, *values;
     const void *bias;
-    int bias_type;
+    size_t bias_row; /* numbers from one row of it to the next, 0 where one row serves all */
+    int type;        /* of bias and outputs */
     void *outputs;
-    int output_type;
+};
+
+/* What some of the slots give to each head of each row: the largest score, the sum of the exponentials of scores less
+   that, and the sum of values that these weigh. A total of 0 means that no slot has been looked at. */
+struct share {
+    float *peaks, *totals, *contexts;
 };
 
 /* What is compiled for one instruction set. */
 struct set {
     int (*round_inputs)(const struct product *, float *rest, uint8_t *integers, float *steps);
     void (*finish)(const struct product *, size_t first, size_t last);
+    void (*attend_slots)(const struct attention *, size_t b, size_t first, size_t last, float *scores,
+                         const struct share *);
+    void (*merge_shares)(const struct attention *, const struct share *, int count);
     void (*rows[KINDS])(const struct product *, size_t first, size_t last);
     void (*columns[KINDS])(const struct product *, float *to, size_t first, size_t last);
 };
-
-static inline float float_of(uint16_t bfloat16) {
-    uint32_t bits = (uint32_t)bfloat16 << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* To the nearest, ties to even. */
-static inline uint16_t bfloat16_of(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 #define WIDE_INTEGERS 0
 #define NAME(name) plain_##name
@@ -105,7 +94,13 @@ static void run_rows(void *argument, int index, int count) {
     const struct job *job = argument;
     size_t F = job->product.F, blocks = (F + LANES - 1) / LANES;
     size_t first = blocks * index / count * LANES, last = blocks * (index + 1) / count * LANES;
-    job->set->rows[job->kind](&job->product, first, last < F ? last : F);
+    if (last > F) last = F;
+    if (job->kind != INT4_ROWS) {
+        job->set->rows[job->kind](&job->product, first, last);
+    } else {
+        opt_int4_rows(&job->product, first, last);
+        job->set->finish(&job->product, first, last);
+    }
 }
 
 static void run_columns(void *argument, int index, int count) {
@@ -114,36 +109,42 @@ static void run_columns(void *argument, int index, int count) {
     job->set->columns[job->kind](p, p->sums + index * p->M * p->F, p->D * index / count, p->D * (index + 1) / count);
 }
 
-int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs, int input_type,
-                const void *matrix, const float *scales, const void *bias, int bias_type, void *outputs,
-                int output_type) {
-    if (kind < 0 || kind >= KINDS || M > MAX_ROWS) return -1;
-    if (M == 0 || F == 0) return 0;
+/* As opt_product, for MAX_ROWS rows at most. */
+static int product_of_rows(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs,
+                           int input_type, const void *matrix, const void *scales, const void *bias, int bias_type,
+                           void *outputs, int output_type) {
     struct job job = {.set = best_set(), .kind = kind};
     struct product *p = &job.product;
     *p = (struct product){
-        .M = M, .D = D, .F = F, .matrix = matrix, .scales = scales, .bias = bias,
-        .bias_type = bias_type, .outputs = outputs, .output_type = output_type,
+        .M = M, .D = D, .F = F, .matrix = matrix, .scales = kind == INT4_ROWS ? NULL : scales,
+        .groups = kind == INT4_ROWS ? scales : NULL, .bias = bias, .bias_type = bias_type, .outputs = outputs,
+        .output_type = output_type,
     };
-    threads = opt_count_of_threads(threads);
-    int by_rows = job.set->rows[kind] != NULL;
-    size_t rounded = kind == INT8_DYNAMIC_ROWS ? M * D : 0;
+    int by_columns = kind == FLOAT32_COLUMNS || kind == BFLOAT16_COLUMNS, dynamic = kind == INT8_DYNAMIC_ROWS;
+    size_t blocks = kind == INT4_ROWS ? M * ((D + 63) / 64) : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
-    size_t summed = !by_rows ? threads * M * F : output_type == BFLOAT16 ? M * F : 0;
+    size_t summed = by_columns ? threads * M * F : output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
-    float *space = malloc((widened + summed + (rounded ? D : 0) + 2 * M) * sizeof(float) + 2 * rounded);
+    float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + dynamic * (D + 2 * M)) * sizeof(float) +
+                          dynamic * 2 * M * D + 1);
     if (!space) return -1;
-    float *wide = space, *sums = wide + widened, *rest = sums + summed, *steps = rest + (rounded ? D : 0);
+    struct int4_block *int4_blocks = (struct int4_block *)space;
+    float *wide = (float *)(int4_blocks + blocks), *sums = wide + widened;
     p->sums = summed ? sums : outputs;
     for (size_t i = 0; i < widened; i++) wide[i] = float_of(((const uint16_t *)inputs)[i]);
     p->floats = widened ? wide : inputs;
-    if (rounded) {
+    if (dynamic) {
+        float *rest = sums + summed, *steps = rest + D;
         uint8_t *integers = (uint8_t *)(steps + 2 * M);
         p->has_large = job.set->round_inputs(p, rest, integers, steps);
         p->integers = integers;
         p->steps = steps;
     }
-    if (by_rows)
+    if (kind == INT4_ROWS) {
+        opt_int4_inputs(p, int4_blocks);
+        p->blocks = int4_blocks;
+    }
+    if (!by_columns)
         opt_run_parts(run_rows, &job, threads, team);
     else {
         int count = opt_run_parts(run_columns, &job, threads, team);
@@ -156,6 +157,85 @@ int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_
         p->sums = total;
         job.set->finish(p, 0, F);
     }
+    free(space);
+    return 0;
+}
+
+int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs, int input_type,
+                const void *matrix, const void *scales, const void *bias, int bias_type, void *outputs,
+                int output_type) {
+    if (kind < 0 || kind >= KINDS || (kind == INT4_ROWS && (D % 32 != 0 || !opt_int4_works()))) return -1;
+    threads = opt_count_of_threads(threads);
+    for (size_t m = 0; F > 0 && m < M; m += MAX_ROWS) {
+        const char *from = (const char *)inputs + m * D * (input_type == BFLOAT16 ? 2 : 4);
+        char *to = (char *)outputs + m * F * (output_type == BFLOAT16 ? 2 : 4);
+        int result = product_of_rows(kind, threads, team, M - m < MAX_ROWS ? M - m : MAX_ROWS, D, F, from, input_type,
+                                     matrix, scales, bias, bias_type, to, output_type);
+        if (result != 0) return result;
+    }
+    return 0;
+}
+
+struct attention_job {
+    struct attention attention;
+    const struct set *set;
+    float *space;
+    size_t space_each;
+};
+
+static struct share share_of(const struct attention_job *job, int index) {
+    size_t heads = job->attention.batch * job->attention.heads;
+    float *space = job->space + index * job->space_each;
+    return (struct share){space, space + heads, space + 2 * heads};
+}
+
+/* The slots of all rows, one after the other, are divided: each thread reads one stretch of memory. */
+static void run_slots(void *argument, int index, int count) {
+    const struct attention_job *job = argument;
+    const struct attention *a = &job->attention;
+    struct share share = share_of(job, index);
+    size_t first = a->batch * a->slots * index / count, last = a->batch * a->slots * (index + 1) / count;
+    float *scores = share.contexts + a->batch * a->heads * a->head_dim;
+    memset(share.totals, 0, a->batch * a->heads * sizeof(float));
+    while (first < last) {
+        size_t b = first / a->slots, slot = first % a->slots, count_here = last - first;
+        if (count_here > a->slots - slot) count_here = a->slots - slot;
+        job->set->attend_slots(a, b, slot, slot + count_here, scores, &share);
+        first += count_here;
+    }
+}
+
+/* Numbers of either type, rows `apart` from each other, as float32, rows `to_apart` from each other. */
+static void copy_rows(float *to, size_t to_apart, const void *from, int type, size_t apart, size_t rows, size_t width) {
+    for (size_t b = 0; b < rows; b++)
+        for (size_t i = 0; i < width; i++)
+            to[b * to_apart + i] = type == BFLOAT16 ? float_of(((const uint16_t *)from)[b * apart + i])
+                                                    : ((const float *)from)[b * apart + i];
+}
+
+int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_t head_dim, size_t capacity, size_t slot,
+                  const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
+                  int type, const void *bias, size_t bias_row, float *keys, float *values, void *outputs) {
+    size_t D = heads * head_dim, slots = slot + 1;
+    /* A thread that has less than this to read is not worth waking. */
+    size_t most = batch * slots * D * sizeof(float) / 65536 + 1;
+    threads = opt_count_of_threads(threads);
+    if ((size_t)threads > most) threads = (int)most;
+    struct attention_job job = {.set = best_set(), .space_each = batch * heads * (2 + head_dim) + heads * slots};
+    float *space = malloc((batch * D + threads * job.space_each) * sizeof(float));
+    if (!space) return -1;
+    job.space = space + batch * D;
+    job.attention = (struct attention){
+        .batch = batch, .heads = heads, .head_dim = head_dim, .capacity = capacity, .slots = slots, .queries = space,
+        .keys = keys, .values = values, .bias = bias, .bias_row = bias_row, .type = type, .outputs = outputs,
+    };
+    copy_rows(space, D, queries, type, row, batch, D);
+    copy_rows(keys + slot * D, capacity * D, new_keys, type, new_row, batch, D);
+    copy_rows(values + slot * D, capacity * D, new_values, type, new_row, batch, D);
+    int count = opt_run_parts(run_slots, &job, threads, team);
+    struct share shares[MAX_THREADS];
+    for (int i = 0; i < count; i++) shares[i] = share_of(&job, i);
+    job.set->merge_shares(&job.attention, shares, count);
     free(space);
     return 0;
 }

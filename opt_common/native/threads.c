@@ -10,8 +10,6 @@
 #include <stdatomic.h>
 #include <unistd.h>
 
-#define MAX_THREADS 64
-
 /* Turns of the loop in which a thread waits before it sleeps: some 50 microseconds. */
 #define PATIENCE 2000
 

@@ -3,6 +3,8 @@
 #ifndef OPT_THREADS_H
 #define OPT_THREADS_H
 
+#define MAX_THREADS 64
+
 /* How many threads `wanted` ones are: 0 means as many as there are processors to run on. */
 int opt_count_of_threads(int wanted);
 

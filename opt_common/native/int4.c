@@ -1,0 +1,141 @@
+/* Products with 4-bit integers, two to a byte: each group of 32 in a row has a scale and an offset.
+
+   Sixty-four integers are read at a time. A table turns them into bfloat16, which has them exactly, and one instruction
+   multiplies 32 of those by inputs and adds them up in pairs (AVX512-BF16). Inputs are rounded to bfloat16. */
+
+#include "product.h"
+#include "products.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
+
+#define GROUP 32
+#define BLOCK 64
+#define UNROLLED _Pragma("GCC unroll 16")
+
+int opt_int4_works(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
+}
+
+static inline __m512 dot(__m512 sums, __m512i weights, const uint16_t *inputs) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)_mm512_loadu_si512(inputs));
+}
+
+void opt_int4_inputs(const struct product *p, struct int4_block *blocks) {
+    const __m512i ones = _mm512_set1_epi16(0x3f80);
+    for (size_t m = 0; m < p->M; m++)
+        for (size_t k = 0; k < p->D; k += BLOCK, blocks++) {
+            const float *from = p->floats + m * p->D + k;
+            memset(blocks, 0, sizeof *blocks);
+            for (size_t i = 0; i < BLOCK / 2 && k + 2 * i < p->D; i++) {
+                blocks->even[i] = bfloat16_of(from[2 * i]);
+                blocks->odd[i] = bfloat16_of(from[2 * i + 1]);
+            }
+            _mm512_storeu_ps(blocks->sums, dot(dot(_mm512_setzero_ps(), ones, blocks->even), ones, blocks->odd));
+        }
+}
+
+/* What the integers 0 to 15 stand for, -8 to 7, in bfloat16, twice: of an index, five bits count. */
+static inline __m512i table(void) {
+    static const uint16_t numbers[32] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                         0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+    return _mm512_loadu_si512(numbers);
+}
+
+/* Of two groups' scales and offsets, what each of the sixteen sums is multiplied by: `which` is 0 or 1. */
+static inline __m512 spread(__m512i groups, int which) {
+    const __m512i places = _mm512_set_epi32(0x20000, 0x20000, 0x20000, 0x20000, 0x20000, 0x20000, 0x20000, 0x20000, 0, 0,
+                                            0, 0, 0, 0, 0, 0);
+    __m512i index = _mm512_add_epi16(places, _mm512_set1_epi32(which << 16));
+    return (__m512)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, index, groups);
+}
+
+#define ADD_BLOCK(M, R, load_codes, load_groups)                                                                       \
+    {                                                                                                                  \
+        UNROLLED                                                                                                       \
+        for (int r = 0; r < R; r++) {                                                                                  \
+            __m512i bytes = _mm512_cvtepu8_epi16(load_codes(codes + r * apart * row_bytes + k / 2));                   \
+            __m512i even = _mm512_permutexvar_epi16(bytes, numbers);                                                   \
+            __m512i odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), numbers);                              \
+            __m512i both = _mm512_set1_epi64(load_groups(groups + r * apart * row_groups + k / GROUP * 2));            \
+            __m512 scales = spread(both, 0), offsets = spread(both, 1);                                                \
+            UNROLLED                                                                                                   \
+            for (int m = 0; m < M; m++) {                                                                              \
+                const struct int4_block *block = blocks + m * row_blocks + k / BLOCK;                                  \
+                __m512 sums = dot(dot(_mm512_setzero_ps(), even, block->even), odd, block->odd);                       \
+                totals[m * R + r] = _mm512_fmadd_ps(scales, sums, totals[m * R + r]);                                  \
+                totals[m * R + r] = _mm512_fmadd_ps(offsets, _mm512_loadu_ps(block->sums), totals[m * R + r]);         \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+
+static inline __m256i all_codes(const uint8_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+static inline __m256i half_of_codes(const uint8_t *from) {
+    return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)from));
+}
+static inline int64_t two_groups(const uint16_t *from) {
+    int64_t values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+static inline int64_t one_group(const uint16_t *from) {
+    uint32_t values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* Rows m of inputs with R rows of the matrix, `apart` rows apart from `row` on. */
+#define DOTS(M, R)                                                                                                     \
+    static __attribute__((noinline)) void dots_##M##_##R(const struct product *p, size_t first, size_t row,            \
+                                                         size_t apart) {                                               \
+        const __m512i numbers = table();                                                                               \
+        size_t row_bytes = p->D / 2, row_groups = p->D / GROUP * 2, row_blocks = (p->D + BLOCK - 1) / BLOCK, k = 0;    \
+        const uint8_t *codes = (const uint8_t *)p->matrix + row * row_bytes;                                           \
+        const uint16_t *groups = p->groups + row * row_groups;                                                         \
+        const struct int4_block *blocks = p->blocks + first * row_blocks;                                              \
+        __m512 totals[M * R];                                                                                          \
+        UNROLLED                                                                                                       \
+        for (int i = 0; i < M * R; i++) totals[i] = _mm512_setzero_ps();                                               \
+        for (; k + BLOCK <= p->D; k += BLOCK) ADD_BLOCK(M, R, all_codes, two_groups)                                   \
+        if (k < p->D) ADD_BLOCK(M, R, half_of_codes, one_group)                                                        \
+        UNROLLED                                                                                                       \
+        for (int m = 0; m < M; m++) {                                                                                  \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++)                                                                                \
+                p->sums[(first + m) * p->F + row + r * apart] = _mm512_reduce_add_ps(totals[m * R + r]);               \
+        }                                                                                                              \
+    }
+
+DOTS(1, 1)
+DOTS(1, 4)
+DOTS(4, 1)
+DOTS(4, 4)
+
+void opt_int4_rows(const struct product *p, size_t first, size_t last) {
+    /* Processors fetch in advance from several places at a time: four quarters. */
+    size_t quarter = (last - first) / 4;
+    for (size_t f = first; f < first + quarter; f++) {
+        size_t m = 0;
+        for (; m + 4 <= p->M; m += 4) dots_4_4(p, m, f, quarter);
+        for (; m < p->M; m++) dots_1_4(p, m, f, quarter);
+    }
+    for (size_t f = first + 4 * quarter; f < last; f++) {
+        size_t m = 0;
+        for (; m + 4 <= p->M; m += 4) dots_4_1(p, m, f, 0);
+        for (; m < p->M; m++) dots_1_1(p, m, f, 0);
+    }
+}
+
+#else
+
+int opt_int4_works(void) { return 0; }
+void opt_int4_inputs(const struct product *p, struct int4_block *blocks) { (void)p, (void)blocks; }
+void opt_int4_rows(const struct product *p, size_t first, size_t last) { (void)p, (void)first, (void)last; }
+
+#endif
