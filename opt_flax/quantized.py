@@ -14,7 +14,9 @@ from flax import nnx
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from opt_common.native import Kind
 from opt_common.quantization import INT8_LIMIT, OUTLIER, Rows, quantize_rows
+from opt_flax import native
 
 AVAILABLE = ("int8-dynamic",)
 """Values of `OPTConfig.quantization` that this backend has: XLA multiplies integers by integers well, nothing else."""
@@ -108,6 +110,8 @@ class Int8Embedding(nnx.Module):
 def int8_product(inputs_MD: Array, codes_FD: Array, scales_F: Array) -> Array:
     """The product of "int8-dynamic", (M, F) in float32; its gradient is that of the product with `codes * scales`."""
     inputs_MD = inputs_MD.astype(jnp.float32)
+    if native.suits(inputs_MD):
+        return native.product(Kind.INT8_DYNAMIC_ROWS, inputs_MD, codes_FD, scales_F)
     large_MD = jnp.where(jnp.abs(inputs_MD) > OUTLIER, inputs_MD, 0)
 
     def all_at_once(inputs_MD: Array) -> Array:

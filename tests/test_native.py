@@ -84,13 +84,9 @@ def rounded(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def expected(kind: Kind, inputs: np.ndarray, weight_FD: np.ndarray) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """What a matrix is stored as, and the product in float64."""
     wide = inputs.astype(np.float64)
-    if kind in (Kind.FLOAT32_ROWS, Kind.FLOAT32_COLUMNS):
-        stored = weight_FD if kind == Kind.FLOAT32_ROWS else np.ascontiguousarray(weight_FD.T)
-        return (stored,), wide @ weight_FD.T.astype(np.float64)
-    if kind in (Kind.BFLOAT16_ROWS, Kind.BFLOAT16_COLUMNS):
-        half = weight_FD.astype(ml_dtypes.bfloat16)
-        stored = half if kind == Kind.BFLOAT16_ROWS else np.ascontiguousarray(half.T)
-        return (stored,), wide @ half.T.astype(np.float64)
+    if kind in (Kind.FLOAT32_ROWS, Kind.BFLOAT16_ROWS):
+        stored = weight_FD if kind == Kind.FLOAT32_ROWS else weight_FD.astype(ml_dtypes.bfloat16)
+        return (stored,), wide @ stored.T.astype(np.float64)
     if kind == Kind.INT4_ROWS:
         codes_FD, scales_FG, offsets_FG = quantize_groups(weight_FD)
         matrix_FD = dequantize_groups(codes_FD, scales_FG, offsets_FG).astype(np.float64)
@@ -300,6 +296,43 @@ def test_inputs_that_suit_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_switched_off() -> None:
-    """OPT_NATIVE=0 leaves the library out; so does one that is not there."""
+    """OPT_NATIVE=0 leaves the library out, and few bits in PyTorch hold to their rules without it."""
+    environment = {**os.environ, "OPT_NATIVE": "0"}
     script = "from opt_torch import native; assert native.PRODUCT is None and not native.HAS_INT4"
-    subprocess.run([sys.executable, "-c", script], env={**os.environ, "OPT_NATIVE": "0"}, check=True)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    tests = [str(Path(__file__).with_name("test_quantization.py")), "-k", "torch and not perplexity"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_jax_calls_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The same products, gradients, and under vmap; and of few rows alone."""
+    import jax
+    import jax.numpy as jnp
+
+    import opt_flax.native
+    from opt_flax.quantized import int8_product
+
+    numbers = np.random.default_rng(rows)
+    inputs = jnp.asarray(numbers.standard_normal((rows, 70), dtype=np.float32)).at[0, 3].set(20)
+    codes, scales = map(jnp.asarray, quantize_rows(numbers.standard_normal((33, 70), dtype=np.float32)))
+
+    def results() -> list[np.ndarray]:
+        found = jax.jit(int8_product)(inputs, codes, scales)
+        many = jax.vmap(int8_product, (0, None, None))(jnp.stack((inputs, 2 * inputs)), codes, scales)
+        slopes = jax.grad(lambda inputs: (int8_product(inputs, codes, scales) ** 2).sum())(inputs)
+        return [np.asarray(each) for each in (found, many, slopes)]
+
+    def is_called() -> bool:
+        return "opt_int8_dynamic_rows" in jax.jit(int8_product).lower(inputs, codes, scales).as_text()
+
+    assert is_called() == (rows <= MAX_ROWS)
+    with_library = results()
+    monkeypatch.setattr(opt_flax.native, "suits", lambda inputs: False)
+    jax.clear_caches()
+    assert not is_called()
+    for found, wanted in zip(with_library, results(), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())

@@ -21,7 +21,7 @@ VERSION = 1
 
 
 class Kind(enum.IntEnum):
-    """How a matrix is stored: (F, D) in rows or (D, F) in columns, for inputs (M, D) and outputs (M, F).
+    """How a matrix (F, D) is stored, for inputs (M, D) and outputs (M, F).
 
     Inputs, bias and outputs are float32 or bfloat16. 8-bit integers have a scale for each row, (F,) in float32; 4-bit
     ones, two to a byte, a scale and an offset for each 32 in a row, (F, D / 32, 2) in bfloat16.
@@ -31,9 +31,7 @@ class Kind(enum.IntEnum):
     BFLOAT16_ROWS = 1
     INT8_ROWS = 2
     INT8_DYNAMIC_ROWS = 3
-    FLOAT32_COLUMNS = 4
-    BFLOAT16_COLUMNS = 5
-    INT4_ROWS = 6
+    INT4_ROWS = 4
 
 
 @functools.cache
@@ -63,16 +61,11 @@ def library() -> ctypes.CDLL | None:
         *(pointer, size),
         *(pointer, pointer, pointer),
     ]
-    loaded.opt_xla_register.argtypes = [pointer, ctypes.c_char_p, pointer]
     return loaded
 
 
 def xla_handler(kind: Kind) -> int:
-    """The address of the function that XLA's programs call for a product.
-
-    Its arguments are inputs, matrix, scales if there are any, and maybe a bias.
-    """
-    function = getattr(library(), f"opt_xla_{kind.name.lower()}")
-    address = ctypes.cast(function, ctypes.c_void_p).value
+    """The address of the function that XLA's programs call for a product of inputs, matrix and scales."""
+    address = ctypes.cast(getattr(library(), f"opt_xla_{kind.name.lower()}"), ctypes.c_void_p).value
     assert address is not None
     return address

@@ -311,45 +311,6 @@ ALL_ROWS(bfloat16)
 ALL_ROWS(int8)
 ALL_ROWS(int8_dynamic)
 
-/* Rows of a matrix that is (D, F), times their inputs, added up: eight of them from row k on, or one. */
-#define ADD_ROWS(suffix, type, load, one, COUNT)                                                                       \
-    static ALONE void NAME(add_##suffix##_##COUNT)(const struct product *p, float *to, size_t k, size_t first,         \
-                                                   size_t last) {                                                      \
-        const type *rows = (const type *)p->matrix + k * p->F;                                                         \
-        const float *inputs = p->floats + k;                                                                           \
-        size_t f = first, F = p->F, D = p->D, M = p->M;                                                                \
-        for (; f + LANES <= last; f += LANES) {                                                                        \
-            floats weights[COUNT];                                                                                     \
-            for (int i = 0; i < COUNT; i++) weights[i] = NAME(load)(rows + i * F + f);                                 \
-            for (size_t m = 0; m < M; m++) {                                                                           \
-                floats total = NAME(load_float32)(to + m * F + f);                                                     \
-                for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * D + i];                               \
-                memcpy(to + m * F + f, &total, sizeof total);                                                          \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (; f < last; f++)                                                                                          \
-            for (size_t m = 0; m < M; m++)                                                                             \
-                for (int i = 0; i < COUNT; i++) to[m * F + f] += one(rows[i * F + f]) * inputs[m * D + i];             \
-    }
-
-/* The sums over rows `first` to `last` of the matrix, to (M, F) numbers. */
-#define ALL_COLUMNS(suffix, type, load, one)                                                                           \
-    ADD_ROWS(suffix, type, load, one, 8)                                                                               \
-    ADD_ROWS(suffix, type, load, one, 1)                                                                               \
-    static void NAME(suffix##_columns)(const struct product *p, float *to, size_t first, size_t last) {                \
-        /* So many columns that their sums stay near the processor. */                                                 \
-        size_t tile = 4096 / p->M;                                                                                     \
-        memset(to, 0, p->M * p->F * sizeof(float));                                                                    \
-        for (size_t start = 0; start < p->F; start += tile) {                                                          \
-            size_t k = first, end = start + tile < p->F ? start + tile : p->F;                                         \
-            for (; k + 8 <= last; k += 8) NAME(add_##suffix##_8)(p, to, k, start, end);                                \
-            for (; k < last; k++) NAME(add_##suffix##_1)(p, to, k, start, end);                                        \
-        }                                                                                                              \
-    }
-
-ALL_COLUMNS(float32, float, load_float32, FLOAT32_OF)
-ALL_COLUMNS(bfloat16, uint16_t, load_bfloat16, float_of)
-
 /* exp(x) for x up to 0: 2^n times the series of 2^f, |f| <= 1/2, whose terms are ln(2)^k / k! f^k. */
 static inline float NAME(exponential)(float x) {
     float t = (x < -87 ? -87 : x) * 1.44269504f, whole = (t + 12582912) - 12582912, f = t - whole, power;
@@ -444,11 +405,6 @@ static const struct set NAME(set) = {
             [INT8_ROWS] = NAME(int8_rows),
             [INT8_DYNAMIC_ROWS] = NAME(int8_dynamic_rows),
         },
-    .columns =
-        {
-            [FLOAT32_COLUMNS] = NAME(float32_columns),
-            [BFLOAT16_COLUMNS] = NAME(bfloat16_columns),
-        },
 };
 
 #undef DOTS
@@ -458,7 +414,5 @@ static const struct set NAME(set) = {
 #undef LOAD_INSIDE
 #undef INTEGER_DOTS_OF_ALL
 #undef ALL_ROWS
-#undef ADD_ROWS
-#undef ALL_COLUMNS
 #undef FLOAT32_OF
 #undef INT8_OF

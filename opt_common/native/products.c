@@ -1,7 +1,7 @@
 /* Products of a few rows of inputs with a matrix, on a CPU: what decoding consists of.
 
-   A matrix is (F, D) in rows, or (D, F) in columns; the result is (M, F) = inputs (M, D) times the matrix, plus bias.
-   The sums are float32, whatever the types are. */
+   A matrix is (F, D); the result is (M, F) = inputs (M, D) times the transposed matrix, plus bias. The sums are float32,
+   whatever the types are. */
 
 #include "products.h"
 
@@ -45,7 +45,6 @@ struct set {
                          const struct share *);
     void (*merge_shares)(const struct attention *, const struct share *, int count);
     void (*rows[KINDS])(const struct product *, size_t first, size_t last);
-    void (*columns[KINDS])(const struct product *, float *to, size_t first, size_t last);
 };
 
 #define WIDE_INTEGERS 0
@@ -103,12 +102,6 @@ static void run_rows(void *argument, int index, int count) {
     }
 }
 
-static void run_columns(void *argument, int index, int count) {
-    const struct job *job = argument;
-    const struct product *p = &job->product;
-    job->set->columns[job->kind](p, p->sums + index * p->M * p->F, p->D * index / count, p->D * (index + 1) / count);
-}
-
 /* As opt_product, for MAX_ROWS rows at most. */
 static int product_of_rows(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs,
                            int input_type, const void *matrix, const void *scales, const void *bias, int bias_type,
@@ -120,10 +113,10 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         .groups = kind == INT4_ROWS ? scales : NULL, .bias = bias, .bias_type = bias_type, .outputs = outputs,
         .output_type = output_type,
     };
-    int by_columns = kind == FLOAT32_COLUMNS || kind == BFLOAT16_COLUMNS, dynamic = kind == INT8_DYNAMIC_ROWS;
+    int dynamic = kind == INT8_DYNAMIC_ROWS;
     size_t blocks = kind == INT4_ROWS ? M * ((D + 63) / 64) : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
-    size_t summed = by_columns ? threads * M * F : output_type == BFLOAT16 ? M * F : 0;
+    size_t summed = output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
     float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + dynamic * (D + 2 * M)) * sizeof(float) +
                           dynamic * 2 * M * D + 1);
@@ -144,19 +137,7 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         opt_int4_inputs(p, int4_blocks);
         p->blocks = int4_blocks;
     }
-    if (!by_columns)
-        opt_run_parts(run_rows, &job, threads, team);
-    else {
-        int count = opt_run_parts(run_columns, &job, threads, team);
-        float *total = output_type == BFLOAT16 ? sums : outputs;
-        for (size_t i = 0; i < M * F; i++) {
-            float sum = sums[i];
-            for (int other = 1; other < count; other++) sum += sums[other * M * F + i];
-            total[i] = sum;
-        }
-        p->sums = total;
-        job.set->finish(p, 0, F);
-    }
+    opt_run_parts(run_rows, &job, threads, team);
     free(space);
     return 0;
 }

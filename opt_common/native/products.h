@@ -14,8 +14,6 @@ enum {
     BFLOAT16_ROWS,     /* (F, D) */
     INT8_ROWS,         /* (F, D), with a scale for each row */
     INT8_DYNAMIC_ROWS, /* the same, for inputs that are rounded too */
-    FLOAT32_COLUMNS,   /* (D, F) */
-    BFLOAT16_COLUMNS,  /* (D, F) */
     INT4_ROWS,         /* (F, D / 2), two to a byte, less 8, with a scale and an offset for each 32 in a row */
     KINDS
 };
@@ -29,7 +27,7 @@ enum { FLOAT32, BFLOAT16 };
 /* Inputs beyond this are rounded by themselves: opt_common.quantization.OUTLIER. */
 #define OUTLIER 6.0f
 
-/* outputs (M, F) = inputs (M, D) times the matrix, and bias (F,), or none where that is NULL.
+/* outputs (M, F) = inputs (M, D) times the transposed matrix, and bias (F,), or none where that is NULL.
 
    All are dense, in C order. Scales are float32, (F,); those of INT4_ROWS are bfloat16 with the
    offsets, (F, D / 32, 2). `threads` work on it, 0 meaning as many as there are processors to run on; see threads.h
