@@ -19,8 +19,8 @@ def registered(kind: Kind) -> str | None:
     name = f"opt_{kind.name.lower()}"
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    jax.ffi.register_ffi_target(name, capsule(xla_handler(kind), None, None), platform="cpu")
     try:
+        jax.ffi.register_ffi_target(name, capsule(xla_handler(kind), None, None), platform="cpu")
         with jax.ensure_compile_time_eval():
             ones = np.ones((1, 1), np.float32)
             call(name, jnp.asarray(ones), jnp.asarray(ones, jnp.int8), jnp.asarray(ones[0])).block_until_ready()
@@ -37,10 +37,11 @@ def call(name: str, inputs_MD: Array, matrix_FD: Array, scales_F: Array) -> Arra
 
 
 def suits(inputs_MD: Array) -> bool:
-    """Whether the library is to multiply: some rows on a CPU."""
+    """Whether the library is to multiply: some rows, on one CPU. XLA can't divide what it does not know among more."""
     return (
         0 < len(inputs_MD) <= MAX_ROWS
         and jax.default_backend() == "cpu"
+        and jax.device_count() == 1
         and registered(Kind.INT8_DYNAMIC_ROWS) is not None
     )
 

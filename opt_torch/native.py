@@ -1,6 +1,7 @@
 """The products of `opt_common.native` on PyTorch's tensors."""
 
 import ctypes
+import os
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ def openmp() -> int | None:
     Its threads wait for work for a while before they sleep. Others would have to share the processors with them.
     """
     try:
-        # The name of the library finds the one that is loaded already.
-        return ctypes.cast(ctypes.CDLL("libgomp.so.1").GOMP_parallel, ctypes.c_void_p).value
+        # Only one that is loaded already: another would be one more set of threads.
+        loaded = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
         return None
 

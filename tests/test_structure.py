@@ -40,7 +40,7 @@ RENAMED = {"call": "forward", "__call__": "forward"}
 
 NOT_IN_ALL = {
     "bits_and_bytes.py": (("torch",), "bitsandbytes, which quantises base weights, is PyTorch's"),
-    "native.py": (("torch", "flax"), "TensorFlow does not let its XLA be told of a function"),
+    "native.py": (("torch", "flax"), "only PyTorch and JAX call the library yet"),
     "packed.py": (("torch",), "XLA orders matrices itself"),
 }
 """Files that some package does not have: which ones do, and why."""
