@@ -79,7 +79,7 @@ class Stopping:
         Raises:
             GenerationError: for a rule of the user's whose answer is neither True, False nor one of them for each row.
         """
-        # np.isin says the same in a hundred microseconds, one in a hundred of those of a step.
+        # np.isin says the same, and takes longer than all the rest here.
         ended_B: Flags = (ids_BT[:, -1:] == np.array(self.eos_token_id, dtype=np.int64)).any(axis=1)
         if self.stop_strings is not None:
             ended_B |= [self.stop_strings.completed(ids_T) for ids_T in ids_BT]

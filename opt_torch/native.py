@@ -48,12 +48,14 @@ def suits(inputs: Tensor, matrix_FX: Tensor, bias_F: Tensor | None) -> bool:
 
     A matrix of two integers to a byte is (F, D / 2). It is multiplied whatever the number of rows is; others, by a few.
     """
-    D = matrix_FX.shape[1] * (2 if matrix_FX.dtype is torch.uint8 else 1)
+    two_to_a_byte = matrix_FX.dtype is torch.uint8
+    D = matrix_FX.shape[1] * (2 if two_to_a_byte else 1)
     return (
         PRODUCT is not None
         and inputs.dtype in SUITING.get(matrix_FX.dtype, ())
         and not watched()
-        and 0 < inputs.numel() <= (MAX_ROWS * D if matrix_FX.dtype is not torch.uint8 else inputs.numel())
+        and inputs.numel() > 0
+        and (two_to_a_byte or inputs.numel() <= MAX_ROWS * D)
         and inputs.device.type == "cpu"
         and matrix_FX.device.type == "cpu"
         and inputs.shape[-1] == D

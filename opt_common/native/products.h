@@ -29,9 +29,9 @@ enum { FLOAT32, BFLOAT16 };
 
 /* outputs (M, F) = inputs (M, D) times the transposed matrix, and bias (F,), or none where that is NULL.
 
-   All are dense, in C order. Scales are float32, (F,); those of INT4_ROWS are bfloat16 with the
-   offsets, (F, D / 32, 2). `threads` work on it, 0 meaning as many as there are processors to run on; see threads.h
-   for the team. Returns 0, or -1 where there is no memory, a kind has no meaning, or it is INT4_ROWS and the processor has no instructions for it. */
+   All are dense, in C order. Scales are float32, (F,); those of INT4_ROWS are bfloat16 with the offsets, (F, D / 32, 2).
+   `threads` work on it, 0 meaning as many as there are processors to run on; see threads.h for the team. Returns 0, or
+   -1 where there is no memory, a kind has no meaning, or the processor has no instructions for INT4_ROWS. */
 int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs, int input_type,
                 const void *matrix, const void *scales, const void *bias, int bias_type, void *outputs,
                 int output_type);
@@ -42,9 +42,9 @@ int opt_int4_works(void);
 /* Attention of one new token in each row: its key and value, (batch, heads * head_dim), go to `slot` of their buffers,
    (batch, capacity, heads, head_dim) in float32, and its query attends to that slot and all before it.
 
-   Rows of queries are `row` numbers apart, those of keys and values `new_row`. The bias is added to the scores, one for each slot; rows of
-   it are `bias_row` numbers apart, and it may be NULL. Outputs are (batch, heads * head_dim). Threads and result are
-   those of opt_product. */
+   Rows of queries are `row` numbers apart, those of keys and values `new_row`. The bias is added to the scores, one for
+   each slot; rows of it are `bias_row` numbers apart, and it may be NULL. Outputs are (batch, heads * head_dim). Threads
+   and result are those of opt_product. */
 int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_t head_dim, size_t capacity, size_t slot,
                   const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
                   int type, const void *bias, size_t bias_row, float *keys, float *values, void *outputs);
