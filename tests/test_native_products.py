@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -102,7 +103,18 @@ def expected(kind: Kind, inputs: np.ndarray, weight_FD: np.ndarray) -> tuple[tup
     return (codes_FD, scales_F), product_MF * scales_F
 
 
+@pytest.fixture(params=["plain", "AVX2", "AVX-512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No better instructions than these."""
+    loaded = library()
+    assert loaded is not None
+    loaded.opt_limit_set(["plain", "AVX2", "AVX-512"].index(request.param))
+    yield
+    loaded.opt_limit_set(2)
+
+
 @needs_library
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("kind", Kind)
 def test_products(kind: Kind) -> None:
     if kind == Kind.INT4_ROWS and not opt_torch.native.HAS_INT4:
@@ -127,6 +139,7 @@ def test_products(kind: Kind) -> None:
 
 
 @needs_library
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_what_is_no_number_stays_none(number: float) -> None:
     inputs = np.ones((3, 70), np.float32)
@@ -177,6 +190,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @needs_library
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention(dtype: torch.dtype) -> None:
     torch.manual_seed(2)

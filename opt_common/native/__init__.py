@@ -1,8 +1,8 @@
 """Products of a few rows of inputs with a matrix, in C: what decoding on a CPU consists of.
 
 A token that is decoded reads every weight once, so that memory sets the pace; the frameworks' own products do not keep
-it, least of all in few bits. PyTorch calls these instead where they suit: a handful of rows, a CPU, no gradients. JAX calls
-the one of "int8-dynamic".
+it, least of all in few bits. PyTorch calls these instead where they suit: a handful of rows, a CPU, no gradients. JAX
+calls the one of "int8-dynamic".
 
 The library is built when the package is installed. Without a C compiler there is none, and each backend multiplies as
 its framework does; so it does if the environment variable `OPT_NATIVE` is 0.

@@ -73,12 +73,18 @@ struct set {
 #pragma GCC pop_options
 #endif
 
+/* The best set to use: 0 plain, 1 AVX2, 2 AVX-512. */
+static int most = 2;
+
+void opt_limit_set(int limit) { most = limit; }
+
 static const struct set *best_set(void) {
 #ifdef HAS_SETS
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni"))
         return &avx512_set;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_set;
+    if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_set;
 #endif
     return &plain_set;
 }

@@ -39,6 +39,9 @@ int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_
 /* Whether the processor has the instructions for INT4_ROWS. */
 int opt_int4_works(void);
 
+/* Use no better instructions than these, for tests: 0 plain, 1 AVX2, 2 AVX-512. */
+void opt_limit_set(int limit);
+
 /* Attention of one new token in each row: its key and value, (batch, heads * head_dim), go to `slot` of their buffers,
    (batch, capacity, heads, head_dim) in float32, and its query attends to that slot and all before it.
 
