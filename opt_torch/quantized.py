@@ -113,32 +113,32 @@ class Int4Linear(nn.Module):
     """A linear layer with 4-bit weights.
 
     Attributes:
-        codes_FX: the integers, two to a byte.
-        groups_FG2: scale and offset of each group.
+        codes: the integers, two to a byte, (F, D / 2).
+        groups: scale and offset of each group, (F, D / 32, 2).
         bias: (F,) or None.
     """
 
-    codes_FX: Tensor
-    groups_FG2: Tensor
+    codes: Tensor
+    groups: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, *, use_bias: bool, device: Any, dtype: Any) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.register_buffer("codes_FX", torch.empty(0, dtype=torch.uint8, device=device))
-        self.register_buffer("groups_FG2", torch.empty(0, dtype=torch.bfloat16, device=device))
+        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8, device=device))
+        self.register_buffer("groups", torch.empty(0, dtype=torch.bfloat16, device=device))
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
         self.register_parameter("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
-        if native.suits(inputs, self.codes_FX, self.bias):
-            return native.product(Kind.INT4_ROWS, inputs, self.codes_FX, self.groups_FG2, self.bias)
+        if native.suits(inputs, self.codes, self.bias):
+            return native.product(Kind.INT4_ROWS, inputs, self.codes, self.groups, self.bias)
         # Inputs are rounded to bfloat16 on every path.
         rounded = inputs.bfloat16().float()
-        if native.suits(rounded, self.codes_FX, None):
-            outputs = native.product(Kind.INT4_ROWS, rounded, self.codes_FX, self.groups_FG2)
+        if native.suits(rounded, self.codes, None):
+            outputs = native.product(Kind.INT4_ROWS, rounded, self.codes, self.groups)
         else:
             outputs = functional.linear(rounded, self.weight)
         outputs = outputs if self.bias is None else outputs + self.bias
@@ -171,49 +171,31 @@ class Int4Linear(nn.Module):
 
     def stored(self, index: int) -> Tensor:
         """One of those parts."""
-        return self.codes_FX if index == 0 else self.groups_FG2[:, :, index - 1].contiguous()
+        return self.codes if index == 0 else self.groups[:, :, index - 1].contiguous()
 
     def start(self, rows: int, columns: int, device: Any) -> None:
         """Make room for a matrix."""
-        check_on_cpu(device)
-        self.codes_FX = torch.empty((rows, columns // 2), dtype=torch.uint8)
-        self.groups_FG2 = torch.empty((rows, columns // GROUP_SIZE, 2), dtype=torch.bfloat16)
+        if torch.device(device).type != "cpu":
+            raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
+        self.codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
+        self.groups = torch.empty((rows, columns // GROUP_SIZE, 2), dtype=torch.bfloat16)
 
     def assign_rows(self, block: slice, codes_FX: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
         """Take over some rows."""
-        self.codes_FX[block] = codes_FX
-        self.groups_FG2[block] = torch.stack((scales_FG, offsets_FG), dim=-1)
+        self.codes[block] = codes_FX
+        self.groups[block] = torch.stack((scales_FG, offsets_FG), dim=-1)
 
     @property
     def weight(self) -> Tensor:
         """The matrix, (F, D), float32, made anew each time."""
-        codes_FX2 = torch.stack((self.codes_FX & 15, self.codes_FX >> 4), dim=-1)
-        groups_FG2 = self.groups_FG2.float()
+        codes_FX2 = torch.stack((self.codes & 15, self.codes >> 4), dim=-1)
+        groups_FG2 = self.groups.float()
         codes_FGC = (codes_FX2.float() - 8).view(*groups_FG2.shape[:2], GROUP_SIZE)
         return (codes_FGC * groups_FG2[..., :1] + groups_FG2[..., 1:]).flatten(1)
 
 
-class KernelInt4Linear(nn.Module):
-    """`Int4Linear` by PyTorch's own kernel, where the library of `opt_common.native` can't.
-
-    Attributes:
-        packed: the integers, in the order that the kernel reads.
-        scales_GF2: scale and offset of each group.
-        bias: (F,) or None.
-    """
-
-    packed: Tensor
-    scales_GF2: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(self, in_features: int, out_features: int, *, use_bias: bool, device: Any, dtype: Any) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_buffer("packed", torch.empty(0, dtype=torch.uint8, device=device))
-        self.register_buffer("scales_GF2", torch.empty(0, dtype=torch.bfloat16, device=device))
-        bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
-        self.register_parameter("bias", bias)
+class KernelInt4Linear(Int4Linear):
+    """The same by PyTorch's own kernel, in whose order the parts are, where the library of `opt_common.native` can't."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
@@ -227,62 +209,34 @@ class KernelInt4Linear(nn.Module):
 
     def multiply(self, inputs_MD: Tensor) -> Tensor:
         """The product with inputs rounded to bfloat16."""
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            inputs_MD.bfloat16(), self.packed, GROUP_SIZE, self.scales_GF2
-        )
-
-    def assign_rounded(self, weight_FD: Rows, device: Any, dtype: torch.dtype) -> None:
-        """Take over the numbers of a matrix, (F, D).
-
-        Raises:
-            CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
-        """
-        del dtype  # that of the inputs is kept
-        F, D = weight_FD.shape
-        self.start(F, D, device)
-        for block in blocks(F, BLOCK_ROWS):
-            codes_FD, scales_FG, offsets_FG = (torch.from_numpy(part) for part in quantize_groups(weight_FD[block]))
-            self.assign_rows(block, codes_FD, scales_FG, offsets_FG)
-
-    def assign_stored(self, parts: Sequence[Tensor], device: Any, dtype: torch.dtype) -> None:
-        """Take over the parts of a matrix, as `opt_common.quantization.stored_parts` names them.
-
-        Raises:
-            CheckpointError: as `assign_rounded`.
-        """
-        del dtype  # that of the inputs is kept
-        codes_FX, scales_FG, offsets_FG = parts
-        self.start(len(codes_FX), 2 * codes_FX.shape[1], device)
-        for block in blocks(len(codes_FX), BLOCK_ROWS):
-            codes_FD = torch.from_numpy(unpack(codes_FX[block].numpy()))
-            self.assign_rows(block, codes_FD, scales_FG[block], offsets_FG[block])
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(inputs_MD.bfloat16(), self.codes, GROUP_SIZE, self.groups)
 
     def stored(self, index: int) -> Tensor:
-        """One of those parts."""
+        """One of the parts of a matrix."""
         if index > 0:
-            return self.scales_GF2[:, :, index - 1].T.contiguous()
-        codes_FX = torch.empty_like(self.packed)
+            return self.groups[:, :, index - 1].T.contiguous()
+        codes_FX = torch.empty_like(self.codes)
         for block in blocks(len(codes_FX), KERNEL_BLOCK):
-            kernel_FD = unpack(self.packed[block].numpy())
+            kernel_FD = unpack(self.codes[block].numpy())
             codes_FD = kernel_FD.reshape(-1)[kernel_order(*kernel_FD.shape)].reshape(kernel_FD.shape)
             codes_FX[block] = torch.from_numpy(pack(codes_FD))
         return codes_FX
 
     def start(self, rows: int, columns: int, device: Any) -> None:
         """Make room for a matrix."""
-        check_on_cpu(device)
+        super().start(rows, columns, device)
         if rows % KERNEL_WIDTH:
             raise CheckpointError(
                 f'quantization="int4" needs matrices whose height is a multiple of {KERNEL_WIDTH}, got {rows}. '
                 'Use "int8".'
             )
-        self.packed = torch.empty((rows, columns // 2), dtype=torch.uint8)
-        self.scales_GF2 = torch.empty((columns // GROUP_SIZE, rows, 2), dtype=torch.bfloat16)
+        self.groups = torch.empty((columns // GROUP_SIZE, rows, 2), dtype=torch.bfloat16)
 
-    def assign_rows(self, block: slice, codes_FD: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
+    def assign_rows(self, block: slice, codes_FX: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
         """Take over some rows, which the kernel orders on their own."""
-        self.packed[block] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD.int(), 1)
-        self.scales_GF2[:, block] = torch.stack((scales_FG.T, offsets_FG.T), dim=-1)
+        codes_FD = torch.from_numpy(unpack(codes_FX.numpy())).int()
+        self.codes[block] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_FD, 1)
+        self.groups[:, block] = torch.stack((scales_FG.T, offsets_FG.T), dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -333,15 +287,9 @@ class Int8Embedding(nn.Module):
         return (self.codes_FD * self.scales_F[:, None]).to(self.dtype)
 
 
-def int4_linear(in_features: int, out_features: int, **options: Any) -> Int4Linear | KernelInt4Linear:
+def int4_linear(in_features: int, out_features: int, **options: Any) -> Int4Linear:
     """A linear layer with 4-bit weights, of the kind that is fast on this machine."""
     return (Int4Linear if native.HAS_INT4 else KernelInt4Linear)(in_features, out_features, **options)
-
-
-def check_on_cpu(device: Any) -> None:
-    """Raise CheckpointError for a device that weights of 4 bits can't be on."""
-    if torch.device(device).type != "cpu":
-        raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
 
 
 def blocks(rows: int, step: int) -> Iterator[slice]:

@@ -130,7 +130,6 @@ SANCTIONED = {
         "*CUDA_ROWS*": (BOTH, "a limit of PyTorch's kernels"),
         "*Int4Linear*": (BOTH, "only PyTorch multiplies by 4-bit integers"),
         "*int4_linear*": (BOTH, "as above"),
-        "*check_on_cpu*": (BOTH, "as above"),
         "*blocks*": (BOTH, "as above"),
         "*kernel_order*": (BOTH, "as above"),
         "*Int8Linear.multiply*": (BOTH, "only PyTorch multiplies 8-bit integers by numbers that are not rounded"),
