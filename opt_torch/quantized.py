@@ -195,7 +195,7 @@ class Int4Linear(nn.Module):
 
 
 class KernelInt4Linear(Int4Linear):
-    """The same by PyTorch's own kernel, in whose order the parts are, where the library of `opt_common.native` can't."""
+    """The same by PyTorch's own kernel, in whose order its parts are, where the library in C can't multiply."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
