@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from opt_common.errors import InputError, MissingFrameworkError
+from opt_flax import native
 from opt_flax.cache import append
 
 IMPLEMENTATIONS = ("xla", "eager", "cudnn")
@@ -97,6 +98,9 @@ def attend(
     # The fused kernels sum in float32 whatever they are given: too little for float64. On a CPU, float16 has none.
     unfused = q_BTNH.dtype == jnp.float64 or (q_BTNH.dtype == jnp.float16 and jax.default_backend() == "cpu")
     eager = need_probs or implementation == "eager" or dropout is not None or unfused
+    bias_BNTS = masking.bias_BNTS
+    if past is not None and bias_BNTS is not None and not eager and native.suits_attention(q_BTNH, past):
+        return *native.attention(q_BTNH, k_BTNH, v_BTNH, bias_BNTS, past, offset), None
     if past is not None and not eager and q_BTNH.shape[1] == 1 and jax.default_backend() == "cpu":
         return *_side_by_side(q_BTNH, k_BTNH, v_BTNH, masking, past, offset), None
     present = (k_BTNH, v_BTNH)

@@ -20,6 +20,7 @@ from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
+from opt_flax import native
 from opt_flax.cache import KVCache, append
 from opt_flax.contrastive import preferred, rows_of
 from opt_flax.dola import early_logits
@@ -335,6 +336,7 @@ class Structure:
 _STRUCTURES: dict[Structure, Structure] = {}
 
 
+@native.decoding()
 def _one_step(
     structure: Structure,
     program: Program,

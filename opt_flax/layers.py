@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
 from opt_common.errors import InputError
+from opt_common.native import KINDS
 from opt_common.quantization import check_quantization
+from opt_flax import native
 from opt_flax.quantized import AVAILABLE, Int8Embedding, Int8Linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
@@ -28,11 +30,16 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def multiply(inputs: Array, matrix: Array, dimensions: Any, precision: Any = None, out_sharding: Any = None) -> Array:
-    """A product as `lax.dot_general` has it, of inputs (…, D) with a matrix.
+    """A product as `lax.dot_general` has it, of inputs (…, D) with a matrix; in generation, the library's.
 
     Without sums in float32, and for a single row even with them, XLA multiplies 16-bit numbers on a CPU over ten times
     slower than others.
     """
+    ((_, (axis,)), _) = dimensions
+    kind = KINDS.get((matrix.dtype.name, axis == 0))
+    if kind is not None and inputs.dtype == matrix.dtype and native.suits(inputs):
+        outputs_MF = native.product(kind, inputs.reshape(-1, inputs.shape[-1]), matrix)
+        return outputs_MF.reshape(*inputs.shape[:-1], -1)
     options: dict[str, Any] = {"precision": precision, "out_sharding": out_sharding}
     if inputs.dtype.itemsize > 2:
         return lax.dot_general(inputs, matrix, dimensions, **options)

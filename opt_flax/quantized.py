@@ -106,12 +106,17 @@ class Int8Embedding(nnx.Module):
         return (self.codes_FD[...] * self.scales_F[...][:, None]).astype(self.dtype)
 
 
-@jax.custom_vjp
 def int8_product(inputs_MD: Array, codes_FD: Array, scales_F: Array) -> Array:
-    """The product of "int8-dynamic", (M, F) in float32; its gradient is that of the product with `codes * scales`."""
-    inputs_MD = inputs_MD.astype(jnp.float32)
+    """The product of "int8-dynamic", (M, F) in float32."""
     if native.suits(inputs_MD):
-        return native.product(Kind.INT8_DYNAMIC_ROWS, inputs_MD, codes_FD, scales_F)
+        return native.product(Kind.INT8_DYNAMIC_ROWS, inputs_MD.astype(jnp.float32), codes_FD, scales_F)
+    return rounded_product(inputs_MD, codes_FD, scales_F)
+
+
+@jax.custom_vjp
+def rounded_product(inputs_MD: Array, codes_FD: Array, scales_F: Array) -> Array:
+    """The same as XLA multiplies; its gradient is that of the product with `codes * scales`."""
+    inputs_MD = inputs_MD.astype(jnp.float32)
     large_MD = jnp.where(jnp.abs(inputs_MD) > OUTLIER, inputs_MD, 0)
 
     def all_at_once(inputs_MD: Array) -> Array:
@@ -131,20 +136,20 @@ def int8_product(inputs_MD: Array, codes_FD: Array, scales_F: Array) -> Array:
     return lax.cond(large_MD.any(), large_ones_apart, all_at_once, inputs_MD) * scales_F
 
 
-def _int8_product_forward(
+def _rounded_product_forward(
     inputs_MD: Array, codes_FD: Array, scales_F: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return int8_product(inputs_MD, codes_FD, scales_F), (inputs_MD[:0], codes_FD, scales_F)
+    return rounded_product(inputs_MD, codes_FD, scales_F), (inputs_MD[:0], codes_FD, scales_F)
 
 
-def _int8_product_backward(saved: tuple[Array, Array, Array], gradient_MF: Array) -> tuple[Array, Any, Array]:
+def _rounded_product_backward(saved: tuple[Array, Array, Array], gradient_MF: Array) -> tuple[Array, Any, Array]:
     like_0D, codes_FD, scales_F = saved
     gradient_MD = (gradient_MF * scales_F) @ codes_FD.astype(jnp.float32)
     nothing = np.zeros(codes_FD.shape, jax.dtypes.float0)
     return gradient_MD.astype(like_0D.dtype), nothing, jnp.zeros_like(scales_F)
 
 
-int8_product.defvjp(_int8_product_forward, _int8_product_backward)
+rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def round_rows(inputs_MD: Array) -> tuple[Array, Array]:

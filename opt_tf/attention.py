@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from opt_common.errors import InputError
+from opt_tf import native
 from opt_tf.cache import append
 
 IMPLEMENTATIONS = ("eager",)
@@ -91,6 +92,9 @@ def attend(
         The context (B, T, N, H), the buffers with the new keys and values appended (without buffers, those alone), and,
         if wanted, the probabilities (B, N, T, S).
     """
+    bias_BNTS = masking.bias_BNTS
+    if past is not None and bias_BNTS is not None and not need_probs and native.suits_attention(q_BTNH, past):
+        return *native.attention(q_BTNH, k_BTNH, v_BTNH, bias_BNTS, past, offset), None
     present = (k_BTNH, v_BTNH)
     if past is not None:
         present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))

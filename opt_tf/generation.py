@@ -12,11 +12,13 @@ from opt_common.assisted import check_assistant
 from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
+from opt_common.native import MAX_ROWS
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
+from opt_tf import native
 from opt_tf.cache import KVCache, append
 from opt_tf.contrastive import preferred, rows_of
 from opt_tf.dola import early_logits
@@ -295,10 +297,13 @@ _STEPS: weakref.WeakKeyDictionary["TFOPTForCausalLM", dict[bool, Callable[..., A
 def suits_xla(model: "TFOPTForCausalLM", tokens: int) -> bool:
     """Whether a step over so many tokens is to be XLA's.
 
-    On a CPU, TensorFlow's own kernels (oneDNN) multiply 16-bit numbers several times faster than XLA's, and 32-bit ones
-    faster but for a single token. Integers are XLA's alone.
+    Only XLA's programs can call the library. On a CPU without it, or for more rows, TensorFlow's own kernels (oneDNN)
+    multiply 16-bit numbers several times faster than XLA's, and 32-bit ones faster but for a single token. Integers are
+    XLA's alone.
     """
     if model.config.quantization is not None or tf.config.list_physical_devices("GPU"):
+        return True
+    if native.is_registered() and model.compute_dtype in native.DTYPES and tokens <= MAX_ROWS:
         return True
     return model.compute_dtype != "bfloat16" and (model.compute_dtype != "float32" or tokens == 1)
 
@@ -316,6 +321,7 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
     reference = weakref.ref(model)
 
     @tf.function(jit_compile=xla, autograph=False)
+    @native.decoding(by_xla=xla)
     def step(
         program: Program,
         selection: Selection,

@@ -1,7 +1,7 @@
 """The pieces that the Keras model is made of: its activation functions, and its layers with their initial weights."""
 
 # Keras' annotations know no initialiser but a name.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,9 @@ import keras
 import tensorflow as tf
 
 from opt_common.config import LAYER_NORM_EPS, OPTConfig
+from opt_common.native import KINDS
 from opt_common.quantization import check_quantization
+from opt_tf import native
 from opt_tf.quantized import AVAILABLE, Int8Embedding, Int8Linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -27,6 +29,21 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 }
 
 
+def multiply(inputs: tf.Tensor, matrix: tf.Tensor, *, transposed: bool = False) -> tf.Tensor:
+    """Inputs (…, D) times a matrix (D, F), or the transpose of one that is (F, D); in generation, by the library.
+
+    It is one two-dimensional product: the matrix is read as it lies, not copied first.
+    """
+    *outer, D = keras.ops.shape(inputs)
+    inputs_MD = tf.reshape(inputs, (-1, D))
+    kind = KINDS.get((matrix.dtype.name, not transposed))
+    if kind is not None and inputs.dtype == matrix.dtype and native.suits(inputs):
+        outputs_MF = native.product(kind, inputs_MD, matrix)
+    else:
+        outputs_MF = tf.matmul(inputs_MD, matrix, transpose_b=transposed)
+    return tf.reshape(outputs_MF, (*outer, matrix.shape[0 if transposed else 1]))
+
+
 class Linear(keras.layers.Dense):
     """A `Dense` layer that knows its input's width, so that it can be built before it is called."""
 
@@ -37,6 +54,11 @@ class Linear(keras.layers.Dense):
     def build(self, input_shape: Any = None) -> None:
         """Make the weights; no shape is needed."""
         super().build((None, self.in_features))
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """Inputs (…, in_features) to outputs (…, out_features)."""
+        outputs = multiply(inputs, tf.convert_to_tensor(self.kernel))
+        return outputs if self.bias is None else outputs + tf.convert_to_tensor(self.bias)
 
 
 class Embedding(keras.layers.Embedding):

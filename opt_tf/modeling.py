@@ -35,7 +35,7 @@ from opt_tf.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_
 from opt_tf.cache import KVCache, is_traced
 from opt_tf.checkpoint import Pretrained
 from opt_tf.generation import generate, generate_text, stream
-from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Embedding, Linear
+from opt_tf.layers import ACTIVATION_FUNCTIONS, Builder, Embedding, Linear, multiply
 from opt_tf.lora import Adaptable
 from opt_tf.quantized import Int8Embedding
 from opt_tf.training import Trainable, causal_lm_loss, register_record, run_again
@@ -511,11 +511,8 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
         if self.config.tie_word_embeddings and isinstance(table, Int8Embedding):
             return table.attend(hidden_BTE)
         if self.config.tie_word_embeddings:
-            # One two-dimensional product: the table is read as it lies, not transposed first.
             table_VE = tf.cast(table.embeddings, hidden_BTE.dtype)
-            *outer, E = keras.ops.shape(hidden_BTE)
-            logits_XV = tf.matmul(tf.reshape(hidden_BTE, (-1, E)), table_VE, transpose_b=True)
-            return tf.reshape(logits_XV, (*outer, self.config.vocab_size))
+            return multiply(hidden_BTE, table_VE, transposed=True)
         return self.lm_head(hidden_BTE)
 
     def generate(self, input_ids: Any = None, attention_mask: Any = None, **options: Any) -> tf.Tensor | GenerateOutput:

@@ -16,7 +16,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from opt_common.native import Kind
 from opt_common.quantization import INT8_LIMIT, OUTLIER, Rows, quantize_rows
+from opt_tf import native
 
 AVAILABLE = ("int8-dynamic",)
 """Values of `OPTConfig.quantization` that this backend has: XLA multiplies integers by integers well, nothing else."""
@@ -129,11 +131,18 @@ def dequantized(layer: Any) -> tf.Tensor:
     return tf.cast(layer.codes_FD.value, tf.float32) * layer.scales_F.value[:, None]
 
 
+def int8_product(inputs_MD: tf.Tensor, codes_FD: tf.Tensor, scales_F: tf.Tensor) -> tf.Tensor:
+    """The product of "int8-dynamic", (M, F) in float32."""
+    if native.suits(inputs_MD):
+        return native.product(Kind.INT8_DYNAMIC_ROWS, tf.cast(inputs_MD, tf.float32), codes_FD, scales_F)
+    return rounded_product(inputs_MD, codes_FD, scales_F)
+
+
 @tf.custom_gradient
-def int8_product(
+def rounded_product(
     inputs_MD: tf.Tensor, codes_FD: tf.Tensor, scales_F: tf.Tensor
 ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, None, None]]]:
-    """The product of "int8-dynamic", (M, F) in float32; its gradient is that of the product with `codes * scales`."""
+    """The same as XLA multiplies; its gradient is that of the product with `codes * scales`."""
     dtype = inputs_MD.dtype
     inputs_MD = tf.cast(inputs_MD, tf.float32)
     large_MD = tf.where(tf.abs(inputs_MD) > OUTLIER, inputs_MD, 0.0)

@@ -149,7 +149,7 @@ def attention(
         *(k_B1NH.data_ptr(), v_B1NH.data_ptr(), k_B1NH.stride(0), q_B1NH.dtype is torch.bfloat16),
         None if bias_BN1S is None else bias_BN1S.data_ptr(),
         0 if bias_BN1S is None or len(bias_BN1S) == 1 else bias_BN1S.stride(0),
-        *(keys_BSNH.data_ptr(), values_BSNH.data_ptr(), context_B1NH.data_ptr()),
+        *(keys_BSNH.data_ptr(), values_BSNH.data_ptr(), False, context_B1NH.data_ptr()),
     )
     if result != 0:
         raise MemoryError(f"Attention of {B} rows to {offset + 1} tokens found no memory.")

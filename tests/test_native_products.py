@@ -1,13 +1,15 @@
 """The products and the attention in C, against NumPy and against what PyTorch computes without them."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import opt_torch.native
 from opt_common import native
-from opt_common.native import MAX_ROWS, VERSION, Kind, library
+from opt_common.native import COLUMNS, KINDS, MAX_ROWS, VERSION, XLA_ATTENTION, XLA_PRODUCTS, Kind, library
 from opt_common.quantization import (
     GROUP_SIZE,
     INT8_LIMIT,
@@ -29,6 +31,7 @@ from opt_common.quantization import (
     quantize_groups,
     quantize_rows,
 )
+from opt_common.tokenizer import OPTTokenizer
 from opt_torch import OPTConfig, OPTForCausalLM
 from opt_torch.layers import Linear
 from opt_torch.quantized import Int4Linear, Int8Linear, KernelInt4Linear
@@ -88,6 +91,9 @@ def expected(kind: Kind, inputs: np.ndarray, weight_FD: np.ndarray) -> tuple[tup
     if kind in (Kind.FLOAT32_ROWS, Kind.BFLOAT16_ROWS):
         stored = weight_FD if kind == Kind.FLOAT32_ROWS else weight_FD.astype(ml_dtypes.bfloat16)
         return (stored,), wide @ stored.T.astype(np.float64)
+    if kind in COLUMNS:
+        stored = weight_FD.T.astype(np.float32 if kind == Kind.FLOAT32_COLUMNS else ml_dtypes.bfloat16)
+        return (np.ascontiguousarray(stored),), wide @ stored.astype(np.float64)
     if kind == Kind.INT4_ROWS:
         codes_FD, scales_FG, offsets_FG = quantize_groups(weight_FD)
         matrix_FD = dequantize_groups(codes_FD, scales_FG, offsets_FG).astype(np.float64)
@@ -145,7 +151,7 @@ def test_what_is_no_number_stays_none(number: float) -> None:
     inputs = np.ones((3, 70), np.float32)
     inputs[1, 69] = number
     weight_FD = np.random.default_rng(0).standard_normal((20, 70), dtype=np.float32)
-    for kind in (Kind.FLOAT32_ROWS, Kind.INT8_DYNAMIC_ROWS):
+    for kind in (Kind.FLOAT32_ROWS, Kind.FLOAT32_COLUMNS, Kind.INT8_DYNAMIC_ROWS):
         stored, _ = expected(kind, np.ones_like(inputs), weight_FD)
         found_MF = product(kind, inputs, stored[0], 20, *stored[1:])
         assert not np.isfinite(found_MF[1]).any()
@@ -330,33 +336,148 @@ def test_switched_off() -> None:
     assert done.returncode == 0, done.stdout
 
 
+class Xla:
+    """JAX or TensorFlow, whose programs call the library."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model = {"flax": "FlaxOPTForCausalLM", "tf": "TFOPTForCausalLM"}[name]
+        self.native = importlib.import_module(f"opt_{name}.native")
+        self.layers = importlib.import_module(f"opt_{name}.layers")
+        self.quantized = importlib.import_module(f"opt_{name}.quantized")
+
+    def array(self, numbers: np.ndarray) -> Any:
+        import jax.numpy as jnp
+        import tensorflow as tf
+
+        return jnp.asarray(numbers) if self.name == "flax" else tf.constant(numbers)
+
+    def compiled(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+        """What a compiled function gives, in NumPy, and its program as text."""
+        import jax
+        import tensorflow as tf
+
+        if self.name == "flax":
+            program = jax.jit(function)
+            return jax.tree.map(np.asarray, program(*arguments)), program.lower(*arguments).as_text()
+        program = tf.function(function, jit_compile=True, autograph=False)
+        found = tf.nest.map_structure(np.asarray, program(*arguments))
+        return found, program.experimental_get_compiler_ir(*arguments)(stage="hlo")
+
+    def decoding(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.native.decoding()(function)
+
+    def matrix_product(self, columns: bool) -> Callable[[Any, Any], Any]:
+        if self.name == "tf":
+            return lambda inputs, matrix: self.layers.multiply(inputs, matrix, transposed=not columns)
+        axes = (((2,), (0 if columns else 1,)), ((), ()))
+        return lambda inputs, matrix: self.layers.multiply(inputs, matrix, axes)
+
+
+@pytest.fixture(params=["flax", "tf"])
+def xla(request: pytest.FixtureRequest) -> Xla:
+    found = Xla(request.param)
+    assert found.native.is_registered()
+    return found
+
+
 @needs_library
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_jax_calls_it(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    """The same products, gradients, and under vmap; and of few rows alone."""
-    import jax
-    import jax.numpy as jnp
-
-    import opt_flax.native
-    from opt_flax.quantized import int8_product
-
+def test_xla_multiplies_by_it(xla: Xla, rows: int) -> None:
+    """Of few rows, and only where something is decoded; what it gives is what XLA gives."""
     numbers = np.random.default_rng(rows)
-    inputs = jnp.asarray(numbers.standard_normal((rows, 70), dtype=np.float32)).at[0, 3].set(20)
-    codes, scales = map(jnp.asarray, quantize_rows(numbers.standard_normal((33, 70), dtype=np.float32)))
+    inputs = numbers.standard_normal((rows, 1, 70), dtype=np.float32)
+    weight_FD = numbers.standard_normal((33, 70), dtype=np.float32)
+    for (dtype, columns), kind in KINDS.items():
+        stored = np.ascontiguousarray(weight_FD.T if columns else weight_FD).astype(ml_dtypes.finfo(dtype).dtype)
+        given = xla.array(inputs.astype(stored.dtype)), xla.array(stored)
 
-    def results() -> list[np.ndarray]:
-        found = jax.jit(int8_product)(inputs, codes, scales)
-        many = jax.vmap(int8_product, (0, None, None))(jnp.stack((inputs, 2 * inputs)), codes, scales)
-        slopes = jax.grad(lambda inputs: (int8_product(inputs, codes, scales) ** 2).sum())(inputs)
-        return [np.asarray(each) for each in (found, many, slopes)]
+        product = xla.matrix_product(columns)
+        wanted, plain = xla.compiled(product, *given)
+        found, program = xla.compiled(xla.decoding(product), *given)
+        assert XLA_PRODUCTS[kind] not in plain
+        assert (XLA_PRODUCTS[kind] in program) == (rows <= MAX_ROWS)
+        assert found.shape == wanted.shape == (rows, 1, 33)
+        assert found.dtype == stored.dtype
+        tolerance = (2e-6 if dtype == "float32" else 2**-7) * np.abs(wanted.astype(np.float32)).max()
+        np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), rtol=0, atol=tolerance)
 
-    def is_called() -> bool:
-        return "opt_int8_dynamic_rows" in jax.jit(int8_product).lower(inputs, codes, scales).as_text()
 
-    assert is_called() == (rows <= MAX_ROWS)
-    with_library = results()
-    monkeypatch.setattr(opt_flax.native, "suits", lambda inputs: False)
-    jax.clear_caches()
-    assert not is_called()
-    for found, wanted in zip(with_library, results(), strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+@needs_library
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_xla_multiplies_integers_by_it(xla: Xla, rows: int) -> None:
+    numbers = np.random.default_rng(rows)
+    inputs = numbers.standard_normal((rows, 70), dtype=np.float32)
+    inputs[0, 3] = 20
+    given = [xla.array(each) for each in (inputs, *quantize_rows(numbers.standard_normal((33, 70), dtype=np.float32)))]
+    wanted, plain = xla.compiled(xla.quantized.int8_product, *given)
+    found, program = xla.compiled(xla.decoding(xla.quantized.int8_product), *given)
+    name = XLA_PRODUCTS[Kind.INT8_DYNAMIC_ROWS]
+    assert name not in plain
+    assert (name in program) == (rows <= MAX_ROWS)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("buffers", ["float32", "bfloat16"])
+def test_xla_attends_by_it(xla: Xla, dtype: str, buffers: str) -> None:
+    """The context and the buffers of one new token, and buffers that stay as they were."""
+    numbers = np.random.default_rng(5)
+    for B, N, H, S, offset in ((1, 12, 64, 40, 0), (1, 3, 20, 700, 699), (5, 12, 64, 40, 33), (2, 1, 7, 9, 4)):
+        kind, buffer_kind = ml_dtypes.finfo(dtype).dtype, ml_dtypes.finfo(buffers).dtype
+        new = [numbers.standard_normal((B, 1, N, H)).astype(kind) for _ in range(3)]
+        past = [numbers.standard_normal((B, S, N, H)).astype(buffer_kind) for _ in range(2)]
+        masked = (numbers.random((B, 1, 1, S)) < 0.3) | (np.arange(S) > offset)
+        masked[..., offset] = False
+        bias = np.where(masked, float(ml_dtypes.finfo(dtype).min), 0).astype(kind)
+        for given in (bias, bias[:1]):
+
+            def attend(q: Any, k: Any, v: Any, keys: Any, values: Any, bias: Any, offset: Any) -> Any:
+                assert xla.native.suits_attention(q, (keys, values))
+                return xla.native.attention(q, k, v, bias, (keys, values), offset)
+
+            arguments = [xla.array(each) for each in (*new, *past, given, np.int32(offset))]
+            (context, present), program = xla.compiled(xla.decoding(attend), *arguments)
+            assert XLA_ATTENTION in program
+            expected_past = [buffer.copy() for buffer in past]
+            for buffer, old, found, token in zip(expected_past, arguments[3:5], present, new[1:], strict=True):
+                np.testing.assert_array_equal(np.asarray(old), buffer)
+                buffer[:, offset] = token[:, 0]
+                np.testing.assert_array_equal(found, buffer)
+            q, keys, values = (each.astype(np.float64) for each in (new[0], *expected_past))
+            scores = np.einsum("btnh,bsnh->bnts", q, keys) + given.astype(np.float64)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            wanted = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), values)
+            tolerance = (2e-6 if dtype == "float32" else 2**-8) * np.abs(wanted).max()
+            np.testing.assert_allclose(context.astype(np.float64), wanted, rtol=0, atol=tolerance)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_xla_decodes_the_same_text(xla: Xla, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of the bundled model with the library and without, padding and all."""
+    model_class = getattr(importlib.import_module(f"opt_{xla.name}"), xla.model)
+    called: list[object] = []
+    product = xla.native.product
+
+    def recorded(*arguments: Any) -> Any:
+        called.append(arguments[0])
+        return product(*arguments)
+
+    def text() -> list[str]:
+        model = model_class.from_pretrained("opt-tiny", dtype=dtype)
+        return model.generate_text(["Once upon a time", "The"], tokenizer, max_new_tokens=24, do_sample=False)
+
+    tokenizer = OPTTokenizer.from_pretrained("opt-tiny")
+    monkeypatch.setattr(xla.native, "product", recorded)
+    found = text()
+    assert set(called) == {kind for (name, _), kind in KINDS.items() if name == dtype}
+    monkeypatch.setattr(xla.native, "is_called", lambda: False)
+    if xla.name == "flax":
+        import jax
+
+        jax.clear_caches()
+    called.clear()
+    assert text() == found
+    assert not called

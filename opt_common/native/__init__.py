@@ -1,8 +1,8 @@
-"""Products of a few rows of inputs with a matrix, in C: what decoding on a CPU consists of.
+"""Products of a few rows of inputs with a matrix, and attention of one token, in C: what decoding on a CPU consists of.
 
 A token that is decoded reads every weight once, so that memory sets the pace; the frameworks' own products do not keep
-it, least of all in few bits. PyTorch calls these instead where they suit: a handful of rows, a CPU, no gradients. JAX
-calls the one of "int8-dynamic".
+it, least of all in few bits. Where these suit, a handful of rows on a CPU and no gradients, PyTorch calls them, and
+generation's programs in JAX and TensorFlow.
 
 The library is built when the package is installed. Without a C compiler there is none, and each backend multiplies as
 its framework does; so it does if the environment variable `OPT_NATIVE` is 0.
@@ -17,12 +17,12 @@ from pathlib import Path
 MAX_ROWS = 16
 """Rows of inputs that a product is made for: of more, so many at a time. The numbers here are those of `products.h`."""
 
-VERSION = 1
+VERSION = 2
 """The library's functions as this file knows them. One that was built for another version is not used."""
 
 
 class Kind(enum.IntEnum):
-    """How a matrix (F, D) is stored, for inputs (M, D) and outputs (M, F).
+    """How a matrix is stored, for inputs (M, D) and outputs (M, F): (F, D), or (D, F) where it is of columns.
 
     Inputs, bias and outputs are float32 or bfloat16. 8-bit integers have a scale for each row, (F,) in float32; 4-bit
     ones, two to a byte, a scale and an offset for each 32 in a row, (F, D / 32, 2) in bfloat16.
@@ -33,6 +33,26 @@ class Kind(enum.IntEnum):
     INT8_ROWS = 2
     INT8_DYNAMIC_ROWS = 3
     INT4_ROWS = 4
+    FLOAT32_COLUMNS = 5
+    BFLOAT16_COLUMNS = 6
+
+
+KINDS = {
+    ("float32", True): Kind.FLOAT32_COLUMNS,
+    ("float32", False): Kind.FLOAT32_ROWS,
+    ("bfloat16", True): Kind.BFLOAT16_COLUMNS,
+    ("bfloat16", False): Kind.BFLOAT16_ROWS,
+}
+"""The kind of a matrix by its dtype and whether it is of columns."""
+
+COLUMNS = (Kind.FLOAT32_COLUMNS, Kind.BFLOAT16_COLUMNS)
+"""The kinds that are (D, F)."""
+
+XLA_ATTENTION = "opt_attention"
+"""The name by which XLA's programs call attention of one token."""
+
+XLA_PRODUCTS = {kind: f"opt_{kind.name.lower()}" for kind in (*KINDS.values(), Kind.INT8_DYNAMIC_ROWS)}
+"""The names by which they call products."""
 
 
 @functools.cache
@@ -60,13 +80,20 @@ def library() -> ctypes.CDLL | None:
         *(flag, pointer, size, size, size, size, size),
         *(pointer, size, pointer, pointer, size, flag),
         *(pointer, size),
-        *(pointer, pointer, pointer),
+        *(pointer, pointer, flag, pointer),
     ]
+    loaded.opt_register_xla.argtypes = [pointer, ctypes.c_char_p, pointer]
     return loaded
 
 
-def xla_handler(kind: Kind) -> int:
-    """The address of the function that XLA's programs call for a product of inputs, matrix and scales."""
-    address = ctypes.cast(getattr(library(), f"opt_xla_{kind.name.lower()}"), ctypes.c_void_p).value
-    assert address is not None
-    return address
+def xla_handlers() -> dict[str, int]:
+    """The addresses of the functions that XLA's programs call, by name; none where there is no library."""
+    loaded = library()
+    if loaded is None:
+        return {}
+    found: dict[str, int] = {}
+    for name in (XLA_ATTENTION, *XLA_PRODUCTS.values()):
+        address = ctypes.cast(getattr(loaded, f"{name}_xla"), ctypes.c_void_p).value
+        assert address is not None
+        found[name] = address
+    return found

@@ -89,7 +89,7 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
 }
 
 /* Sums of products of M rows of inputs, D apart, with R rows of a matrix, `apart` apart, to sums[m * R + r]. */
-#define DOTS(suffix, type, load, one, M, R)                                                                            \
+#define DOTS(suffix, type, M, R)                                                                                       \
     static ALONE void NAME(dots_##suffix##_##M##_##R)(const float *inputs, const type *rows, size_t apart, size_t D,   \
                                                       float *sums) {                                                   \
         floats totals[M * R];                                                                                          \
@@ -99,7 +99,7 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
         for (; k + LANES <= D; k += LANES) {                                                                           \
             floats weights[R];                                                                                         \
             UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++) weights[r] = NAME(load)(rows + r * apart + k);                                 \
+            for (int r = 0; r < R; r++) weights[r] = NAME(load_##suffix)(rows + r * apart + k);                        \
             UNROLLED                                                                                                   \
             for (int m = 0; m < M; m++) {                                                                              \
                 floats values = NAME(load_float32)(inputs + m * D + k);                                                \
@@ -111,14 +111,14 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
         for (; k < D; k++)                                                                                             \
             UNROLLED                                                                                                   \
             for (int m = 0; m < M; m++)                                                                                \
-                for (int r = 0; r < R; r++) sums[m * R + r] += inputs[m * D + k] * one(rows[r * apart + k]);           \
+                for (int r = 0; r < R; r++) sums[m * R + r] += inputs[m * D + k] * ONE_##suffix(rows[r * apart + k]);  \
     }
 
 /* The same of all rows of inputs with R rows of a matrix, the first of them `row`, `apart` rows apart. */
-#define DOTS_OF_ALL(suffix, type, load, one, R)                                                                        \
-    DOTS(suffix, type, load, one, 1, R)                                                                                \
-    DOTS(suffix, type, load, one, 2, R)                                                                                \
-    DOTS(suffix, type, load, one, 4, R)                                                                                \
+#define DOTS_OF_ALL(suffix, type, R)                                                                                   \
+    DOTS(suffix, type, 1, R)                                                                                           \
+    DOTS(suffix, type, 2, R)                                                                                           \
+    DOTS(suffix, type, 4, R)                                                                                           \
     static inline void NAME(dots_##suffix##_##R)(const struct product *p, size_t row, size_t apart) {                  \
         const type *rows = (const type *)p->matrix + row * p->D;                                                       \
         size_t D = p->D, m = 0;                                                                                        \
@@ -134,15 +134,16 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
         }                                                                                                              \
     }
 
-#define FLOAT32_OF(value) (value)
-#define INT8_OF(value) ((float)(value))
+#define ONE_float32(value) (value)
+#define ONE_bfloat16(value) float_of(value)
+#define ONE_int8(value) ((float)(value))
 
-DOTS_OF_ALL(float32, float, load_float32, FLOAT32_OF, 4)
-DOTS_OF_ALL(float32, float, load_float32, FLOAT32_OF, 1)
-DOTS_OF_ALL(bfloat16, uint16_t, load_bfloat16, float_of, 4)
-DOTS_OF_ALL(bfloat16, uint16_t, load_bfloat16, float_of, 1)
-DOTS_OF_ALL(int8, int8_t, load_int8, INT8_OF, 4)
-DOTS_OF_ALL(int8, int8_t, load_int8, INT8_OF, 1)
+DOTS_OF_ALL(float32, float, 4)
+DOTS_OF_ALL(float32, float, 1)
+DOTS_OF_ALL(bfloat16, uint16_t, 4)
+DOTS_OF_ALL(bfloat16, uint16_t, 1)
+DOTS_OF_ALL(int8, int8_t, 4)
+DOTS_OF_ALL(int8, int8_t, 1)
 
 /* Sums of products of integers from -127 to 127, X rows with R, like `DOTS`. The inputs have 128 added to them. */
 #if WIDE_INTEGERS
@@ -311,6 +312,45 @@ ALL_ROWS(bfloat16)
 ALL_ROWS(int8)
 ALL_ROWS(int8_dynamic)
 
+/* Rows of a matrix that is (D, F), times their inputs, added up: COUNT rows, `apart` apart, from row k on. Of each sixteen
+   columns the sums of all rows of inputs lie together. */
+#define ADD_ROWS(suffix, type, COUNT)                                                                                  \
+    static ALONE void NAME(add_##suffix##_##COUNT)(const struct product *p, float *sums, size_t k, size_t apart) {     \
+        const type *rows = (const type *)p->matrix + k * p->F;                                                         \
+        const float *inputs = p->floats + k;                                                                           \
+        size_t f = 0, F = p->F, D = p->D, M = p->M;                                                                    \
+        for (; f + LANES <= F; f += LANES) {                                                                           \
+            floats weights[COUNT];                                                                                     \
+            UNROLLED                                                                                                   \
+            for (int i = 0; i < COUNT; i++) weights[i] = NAME(load_##suffix)(rows + i * apart * F + f);                \
+            for (size_t m = 0; m < M; m++, sums += LANES) {                                                            \
+                floats total = NAME(load_float32)(sums);                                                               \
+                UNROLLED                                                                                               \
+                for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * D + i * apart];                       \
+                memcpy(sums, &total, sizeof total);                                                                    \
+            }                                                                                                          \
+        }                                                                                                              \
+        if (f == F) return;                                                                                            \
+        for (size_t m = 0; m < M; m++, sums += LANES)                                                                  \
+            for (size_t lane = 0; lane < F - f; lane++)                                                                \
+                for (int i = 0; i < COUNT; i++)                                                                        \
+                    sums[lane] += ONE_##suffix(rows[i * apart * F + f + lane]) * inputs[m * D + i * apart];            \
+    }
+
+/* The sums over rows `first` to `last` of the matrix. Processors fetch in advance from several places at a time. */
+#define ALL_COLUMNS(suffix, type)                                                                                      \
+    ADD_ROWS(suffix, type, 8)                                                                                          \
+    ADD_ROWS(suffix, type, 1)                                                                                          \
+    static void NAME(suffix##_columns)(const struct product *p, float *sums, size_t first, size_t last) {              \
+        size_t eighth = (last - first) / 8;                                                                            \
+        memset(sums, 0, p->M * ((p->F + LANES - 1) / LANES * LANES) * sizeof(float));                                  \
+        for (size_t k = first; k < first + eighth; k++) NAME(add_##suffix##_8)(p, sums, k, eighth);                    \
+        for (size_t k = first + 8 * eighth; k < last; k++) NAME(add_##suffix##_1)(p, sums, k, 0);                      \
+    }
+
+ALL_COLUMNS(float32, float)
+ALL_COLUMNS(bfloat16, uint16_t)
+
 /* exp(x) for x up to 0: 2^n times the series of 2^f, |f| <= 1/2, whose terms are ln(2)^k / k! f^k. */
 static inline float NAME(exponential)(float x) {
     float t = (x < -87 ? -87 : x) * 1.44269504f, whole = (t + 12582912) - 12582912, f = t - whole, power;
@@ -327,22 +367,10 @@ static inline float NAME(exponential)(float x) {
     return p * power;
 }
 
-/* What slots `first` to `last` of row b give to each head: see struct share. */
-static void NAME(attend_slots)(const struct attention *a, size_t b, size_t first, size_t last, float *scores,
-                               const struct share *share) {
-    size_t S = last - first, N = a->heads, H = a->head_dim, D = N * H;
-    const float *queries = a->queries + b * D;
-    const float *keys = a->keys + (b * a->capacity + first) * D, *values = a->values + (b * a->capacity + first) * D;
-    for (size_t s = 0; s < S; s++)
-        for (size_t n = 0; n < N; n++) {
-            floats total = {0};
-            size_t h = 0;
-            for (; h + LANES <= H; h += LANES)
-                total += NAME(load_float32)(queries + n * H + h) * NAME(load_float32)(keys + s * D + n * H + h);
-            float score = NAME(sum)(total);
-            for (; h < H; h++) score += queries[n * H + h] * keys[s * D + n * H + h];
-            scores[n * S + s] = score;
-        }
+/* Scores of slots `first` to `last`, (N, S), with the bias: their exponentials, less the largest of a head. */
+static void NAME(weigh)(const struct attention *a, size_t b, size_t first, size_t last, float *scores,
+                        const struct share *share) {
+    size_t S = last - first, N = a->heads;
     for (size_t n = 0; n < N; n++) {
         float *own = scores + n * S, peak = -INFINITY, total = 0;
         if (a->bias && a->type == BFLOAT16)
@@ -355,20 +383,45 @@ static void NAME(attend_slots)(const struct attention *a, size_t b, size_t first
         share->peaks[b * N + n] = peak;
         share->totals[b * N + n] = total;
     }
-    float *contexts = share->contexts + b * D;
-    memset(contexts, 0, D * sizeof(float));
-    for (size_t s = 0; s < S; s++)
-        for (size_t n = 0; n < N; n++) {
-            float weight = scores[n * S + s], *to = contexts + n * H;
-            const float *from = values + s * D + n * H;
-            size_t h = 0;
-            for (; h + LANES <= H; h += LANES) {
-                floats sum = NAME(load_float32)(to + h) + weight * NAME(load_float32)(from + h);
-                memcpy(to + h, &sum, sizeof sum);
-            }
-            for (; h < H; h++) to[h] += weight * from[h];
-        }
 }
+
+/* What slots `first` to `last` of row b give to each head: see struct share. */
+#define ATTEND_SLOTS(suffix, type)                                                                                     \
+    static void NAME(attend_slots_##suffix)(const struct attention *a, size_t b, size_t first, size_t last,            \
+                                            float *scores, const struct share *share) {                                \
+        size_t S = last - first, N = a->heads, H = a->head_dim, D = N * H;                                             \
+        const float *queries = a->queries + b * D;                                                                     \
+        const type *keys = (const type *)a->keys + (b * a->capacity + first) * D;                                      \
+        const type *values = (const type *)a->values + (b * a->capacity + first) * D;                                  \
+        for (size_t s = 0; s < S; s++)                                                                                 \
+            for (size_t n = 0; n < N; n++) {                                                                           \
+                const type *key = keys + s * D + n * H;                                                                \
+                floats total = {0};                                                                                    \
+                size_t h = 0;                                                                                          \
+                for (; h + LANES <= H; h += LANES)                                                                     \
+                    total += NAME(load_float32)(queries + n * H + h) * NAME(load_##suffix)(key + h);                   \
+                float score = NAME(sum)(total);                                                                        \
+                for (; h < H; h++) score += queries[n * H + h] * ONE_##suffix(key[h]);                                 \
+                scores[n * S + s] = score;                                                                             \
+            }                                                                                                          \
+        NAME(weigh)(a, b, first, last, scores, share);                                                                 \
+        float *contexts = share->contexts + b * D;                                                                     \
+        memset(contexts, 0, D * sizeof(float));                                                                        \
+        for (size_t s = 0; s < S; s++)                                                                                 \
+            for (size_t n = 0; n < N; n++) {                                                                           \
+                const type *value = values + s * D + n * H;                                                            \
+                float weight = scores[n * S + s], *to = contexts + n * H;                                              \
+                size_t h = 0;                                                                                          \
+                for (; h + LANES <= H; h += LANES) {                                                                   \
+                    floats sum = NAME(load_float32)(to + h) + weight * NAME(load_##suffix)(value + h);                 \
+                    memcpy(to + h, &sum, sizeof sum);                                                                  \
+                }                                                                                                      \
+                for (; h < H; h++) to[h] += weight * ONE_##suffix(value[h]);                                           \
+            }                                                                                                          \
+    }
+
+ATTEND_SLOTS(float32, float)
+ATTEND_SLOTS(bfloat16, uint16_t)
 
 /* All shares of a head as one. */
 static void NAME(merge_shares)(const struct attention *a, const struct share *shares, int count) {
@@ -396,7 +449,7 @@ static void NAME(merge_shares)(const struct attention *a, const struct share *sh
 static const struct set NAME(set) = {
     .round_inputs = NAME(round_inputs),
     .finish = NAME(finish),
-    .attend_slots = NAME(attend_slots),
+    .attend_slots = {[FLOAT32] = NAME(attend_slots_float32), [BFLOAT16] = NAME(attend_slots_bfloat16)},
     .merge_shares = NAME(merge_shares),
     .rows =
         {
@@ -404,6 +457,11 @@ static const struct set NAME(set) = {
             [BFLOAT16_ROWS] = NAME(bfloat16_rows),
             [INT8_ROWS] = NAME(int8_rows),
             [INT8_DYNAMIC_ROWS] = NAME(int8_dynamic_rows),
+        },
+    .columns =
+        {
+            [FLOAT32_COLUMNS] = NAME(float32_columns),
+            [BFLOAT16_COLUMNS] = NAME(bfloat16_columns),
         },
 };
 
@@ -414,5 +472,9 @@ static const struct set NAME(set) = {
 #undef LOAD_INSIDE
 #undef INTEGER_DOTS_OF_ALL
 #undef ALL_ROWS
-#undef FLOAT32_OF
-#undef INT8_OF
+#undef ADD_ROWS
+#undef ALL_COLUMNS
+#undef ATTEND_SLOTS
+#undef ONE_float32
+#undef ONE_bfloat16
+#undef ONE_int8

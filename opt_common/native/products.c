@@ -1,7 +1,7 @@
 /* Products of a few rows of inputs with a matrix, on a CPU: what decoding consists of.
 
-   A matrix is (F, D); the result is (M, F) = inputs (M, D) times the transposed matrix, plus bias. The sums are float32,
-   whatever the types are. */
+   A matrix is (F, D), or (D, F) where it is of columns; the result is (M, F) = inputs (M, D) times it, plus bias. The
+   sums are float32, whatever the types are. */
 
 #include "products.h"
 
@@ -24,7 +24,8 @@ typedef float floats __attribute__((vector_size(LANES * sizeof(float))));
 
 struct attention {
     size_t batch, heads, head_dim, capacity, slots;
-    const float *queries, *keys, *values;
+    const float *queries;
+    const void *keys, *values; /* of one type, the buffers' */
     const void *bias;
     size_t bias_row; /* numbers from one row of it to the next, 0 where one row serves all */
     int type;        /* of bias and outputs */
@@ -41,10 +42,12 @@ struct share {
 struct set {
     int (*round_inputs)(const struct product *, float *rest, uint8_t *integers, float *steps);
     void (*finish)(const struct product *, size_t first, size_t last);
-    void (*attend_slots)(const struct attention *, size_t b, size_t first, size_t last, float *scores,
-                         const struct share *);
+    /* By the type of the buffers. */
+    void (*attend_slots[2])(const struct attention *, size_t b, size_t first, size_t last, float *scores,
+                            const struct share *);
     void (*merge_shares)(const struct attention *, const struct share *, int count);
     void (*rows[KINDS])(const struct product *, size_t first, size_t last);
+    void (*columns[KINDS])(const struct product *, float *to, size_t first, size_t last);
 };
 
 #define WIDE_INTEGERS 0
@@ -108,6 +111,14 @@ static void run_rows(void *argument, int index, int count) {
     }
 }
 
+/* Each thread reads its own rows of a matrix that is (D, F), and has its own sums. */
+static void run_columns(void *argument, int index, int count) {
+    const struct job *job = argument;
+    const struct product *p = &job->product;
+    size_t width = (p->F + LANES - 1) / LANES * LANES;
+    job->set->columns[job->kind](p, p->sums + index * p->M * width, p->D * index / count, p->D * (index + 1) / count);
+}
+
 /* As opt_product, for MAX_ROWS rows at most. */
 static int product_of_rows(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs,
                            int input_type, const void *matrix, const void *scales, const void *bias, int bias_type,
@@ -122,7 +133,9 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
     int dynamic = kind == INT8_DYNAMIC_ROWS;
     size_t blocks = kind == INT4_ROWS ? M * ((D + 63) / 64) : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
-    size_t summed = output_type == BFLOAT16 ? M * F : 0;
+    int by_columns = job.set->columns[kind] != NULL;
+    size_t width = (F + LANES - 1) / LANES * LANES;
+    size_t summed = by_columns ? threads * M * width + (output_type == BFLOAT16 ? M * F : 0) : output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
     float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + dynamic * (D + 2 * M)) * sizeof(float) +
                           dynamic * 2 * M * D + 1);
@@ -143,7 +156,21 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         opt_int4_inputs(p, int4_blocks);
         p->blocks = int4_blocks;
     }
-    opt_run_parts(run_rows, &job, threads, team);
+    if (!by_columns) {
+        opt_run_parts(run_rows, &job, threads, team);
+    } else {
+        int count = opt_run_parts(run_columns, &job, threads, team);
+        p->sums = output_type == BFLOAT16 ? sums + threads * M * width : outputs;
+        for (size_t m = 0; m < M; m++)
+            for (size_t f = 0; f < F; f += LANES)
+                for (size_t lane = 0; lane < LANES && f + lane < F; lane++) {
+                    const float *own = sums + f * M + m * LANES + lane;
+                    float total = *own;
+                    for (int other = 1; other < count; other++) total += own[other * M * width];
+                    p->sums[m * F + f + lane] = total;
+                }
+        job.set->finish(p, 0, F);
+    }
     free(space);
     return 0;
 }
@@ -166,6 +193,7 @@ int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_
 struct attention_job {
     struct attention attention;
     const struct set *set;
+    int buffer_type;
     float *space;
     size_t space_each;
 };
@@ -187,28 +215,35 @@ static void run_slots(void *argument, int index, int count) {
     while (first < last) {
         size_t b = first / a->slots, slot = first % a->slots, count_here = last - first;
         if (count_here > a->slots - slot) count_here = a->slots - slot;
-        job->set->attend_slots(a, b, slot, slot + count_here, scores, &share);
+        job->set->attend_slots[job->buffer_type](a, b, slot, slot + count_here, scores, &share);
         first += count_here;
     }
 }
 
-/* Numbers of either type, rows `apart` from each other, as float32, rows `to_apart` from each other. */
-static void copy_rows(float *to, size_t to_apart, const void *from, int type, size_t apart, size_t rows, size_t width) {
+/* Numbers of either type, rows `apart` from each other, as numbers of either type, rows `to_apart` from each other. */
+static void copy_rows(void *to, int to_type, size_t to_apart, const void *from, int type, size_t apart, size_t rows,
+                      size_t width) {
     for (size_t b = 0; b < rows; b++)
-        for (size_t i = 0; i < width; i++)
-            to[b * to_apart + i] = type == BFLOAT16 ? float_of(((const uint16_t *)from)[b * apart + i])
-                                                    : ((const float *)from)[b * apart + i];
+        for (size_t i = 0; i < width; i++) {
+            size_t at = b * apart + i;
+            float value = type == BFLOAT16 ? float_of(((const uint16_t *)from)[at]) : ((const float *)from)[at];
+            if (to_type == BFLOAT16)
+                ((uint16_t *)to)[b * to_apart + i] = bfloat16_of(value);
+            else
+                ((float *)to)[b * to_apart + i] = value;
+        }
 }
 
 int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_t head_dim, size_t capacity, size_t slot,
                   const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
-                  int type, const void *bias, size_t bias_row, float *keys, float *values, void *outputs) {
+                  int type, const void *bias, size_t bias_row, void *keys, void *values, int buffer_type, void *outputs) {
     size_t D = heads * head_dim, slots = slot + 1;
     /* A thread that has less than this to read is not worth waking. */
-    size_t most = batch * slots * D * sizeof(float) / 65536 + 1;
+    size_t most = batch * slots * D * (buffer_type == BFLOAT16 ? 2 : 4) / 65536 + 1;
     threads = opt_count_of_threads(threads);
     if ((size_t)threads > most) threads = (int)most;
-    struct attention_job job = {.set = best_set(), .space_each = batch * heads * (2 + head_dim) + heads * slots};
+    size_t space_each = batch * heads * (2 + head_dim) + heads * slots;
+    struct attention_job job = {.set = best_set(), .buffer_type = buffer_type, .space_each = space_each};
     float *space = malloc((batch * D + threads * job.space_each) * sizeof(float));
     if (!space) return -1;
     job.space = space + batch * D;
@@ -216,9 +251,10 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
         .batch = batch, .heads = heads, .head_dim = head_dim, .capacity = capacity, .slots = slots, .queries = space,
         .keys = keys, .values = values, .bias = bias, .bias_row = bias_row, .type = type, .outputs = outputs,
     };
-    copy_rows(space, D, queries, type, row, batch, D);
-    copy_rows(keys + slot * D, capacity * D, new_keys, type, new_row, batch, D);
-    copy_rows(values + slot * D, capacity * D, new_values, type, new_row, batch, D);
+    size_t place = slot * D * (buffer_type == BFLOAT16 ? 2 : 4);
+    copy_rows(space, FLOAT32, D, queries, type, row, batch, D);
+    copy_rows((char *)keys + place, buffer_type, capacity * D, new_keys, type, new_row, batch, D);
+    copy_rows((char *)values + place, buffer_type, capacity * D, new_values, type, new_row, batch, D);
     int count = opt_run_parts(run_slots, &job, threads, team);
     struct share shares[MAX_THREADS];
     for (int i = 0; i < count; i++) shares[i] = share_of(&job, i);
@@ -228,4 +264,4 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
 }
 
 /* VERSION of opt_common/native/__init__.py: what has to be another number when arguments change. */
-int opt_version(void) { return 1; }
+int opt_version(void) { return 2; }

@@ -15,6 +15,8 @@ enum {
     INT8_ROWS,         /* (F, D), with a scale for each row */
     INT8_DYNAMIC_ROWS, /* the same, for inputs that are rounded too */
     INT4_ROWS,         /* (F, D / 2), two to a byte, less 8, with a scale and an offset for each 32 in a row */
+    FLOAT32_COLUMNS,   /* (D, F) */
+    BFLOAT16_COLUMNS,  /* (D, F) */
     KINDS
 };
 
@@ -43,13 +45,13 @@ int opt_int4_works(void);
 void opt_limit_set(int limit);
 
 /* Attention of one new token in each row: its key and value, (batch, heads * head_dim), go to `slot` of their buffers,
-   (batch, capacity, heads, head_dim) in float32, and its query attends to that slot and all before it.
+   (batch, capacity, heads, head_dim), and its query attends to that slot and all before it.
 
    Rows of queries are `row` numbers apart, those of keys and values `new_row`. The bias is added to the scores, one for
    each slot; rows of it are `bias_row` numbers apart, and it may be NULL. Outputs are (batch, heads * head_dim). Threads
    and result are those of opt_product. */
 int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_t head_dim, size_t capacity, size_t slot,
                   const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
-                  int type, const void *bias, size_t bias_row, float *keys, float *values, void *outputs);
+                  int type, const void *bias, size_t bias_row, void *keys, void *values, int buffer_type, void *outputs);
 
 #endif
