@@ -12,7 +12,7 @@ from opt_common.config import LAYER_NORM_EPS, OPTConfig
 from opt_common.native import Kind
 from opt_common.quantization import check_quantization
 from opt_torch import native
-from opt_torch.quantized import AVAILABLE, Int8Embedding, Int8Linear, int4_linear
+from opt_torch.quantized import AVAILABLE, Int4Linear, Int8Embedding, Int8Linear, int4_linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -39,7 +39,13 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the fastest way that this machine has, to the same numbers."""
+    """A linear layer that computes in the fastest way that this machine has, to the same numbers.
+
+    Attributes:
+        kind: None, for `product` knows the kind of a matrix by its dtype.
+    """
+
+    kind = None
 
     def reset_parameters(self) -> None:
         """Give it PyTorch's initial numbers, unless it is on the meta device."""
@@ -57,19 +63,29 @@ class Linear(nn.Linear):
         return product(inputs, self.weight, self.bias)
 
 
+PARTS: dict[type[nn.Module], tuple[str, ...]] = {
+    Linear: ("weight", "bias"),
+    Int8Linear: ("codes_FD", "scales_F", "bias"),
+    Int4Linear: ("codes", "groups", "bias"),
+}
+"""What a layer has a row of for each output: its matrix, scales if there are some, and a bias, which may be None."""
+
+
 class Together:
     """Linear layers of the same inputs with their weights one after the other in memory: one matrix to inference."""
 
-    def __init__(self, *layers: nn.Module) -> None:
-        """Move the weights and biases of layers there. Layers that are no plain `Linear` stay as they are."""
-        self.places: tuple[tuple[int, int], ...] = ()
-        plain = [layer for layer in layers if type(layer) is Linear]
-        if not plain or len(plain) < len(layers):
+    def __init__(self, *layers: Any) -> None:
+        """Move the weights and biases of layers there. Layers of other classes, or of several, stay as they are."""
+        self.places: tuple[tuple[int, ...], ...] = ()
+        self.layer_class = type(layers[0]) if layers else None
+        if self.layer_class not in PARTS or any(not alike(layers[0], layer) for layer in layers):
             return
-        self.rows = [layer.out_features for layer in plain]
-        self.weight = moved_together([layer.weight for layer in plain])
-        self.bias = None if plain[0].bias is None else moved_together([layer.bias for layer in plain])
-        self.places = tuple(map(places_of, plain))
+        self.rows = [layer.out_features for layer in layers]
+        self.kind = layers[0].kind
+        self.matrix, *self.scales, self.bias = (
+            moved_together([getattr(layer, name) for layer in layers]) for name in PARTS[self.layer_class]
+        )
+        self.places = tuple(map(places_of, layers))
 
     def __deepcopy__(self, memo: Any) -> "Together":
         # A copied model has copied each matrix by itself.
@@ -78,9 +94,8 @@ class Together:
     def holds(self, *layers: nn.Module) -> bool:
         """Whether layers are still those, in their places, and nobody wants to hear of their calls."""
         return len(self.places) > 0 and all(
-            type(layer) is Linear
+            type(layer) is self.layer_class
             and places_of(layer) == place
-            and type(layer.weight) is nn.Parameter
             and "forward" not in layer.__dict__
             and not layer._forward_hooks
             and not layer._forward_pre_hooks
@@ -89,21 +104,33 @@ class Together:
 
     def __call__(self, inputs: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
         """Inputs (…, in_features) to the outputs of each of the layers."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.holds(*layers):
-            return [layer(inputs) for layer in layers]
-        return product(inputs, self.weight, self.bias).split(self.rows, dim=-1)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.holds(*layers):
+            if self.kind is None:
+                return product(inputs, self.matrix, self.bias).split(self.rows, dim=-1)
+            if native.suits(inputs, self.matrix, self.bias):
+                outputs = native.product(self.kind, inputs, self.matrix, *self.scales, bias_F=self.bias)
+                return outputs.split(self.rows, dim=-1)
+        return [layer(inputs) for layer in layers]
 
 
-def places_of(layer: nn.Linear) -> tuple[int, int]:
-    """Where a layer's weight and bias are; 0 for no bias."""
-    return layer.weight.data_ptr(), 0 if layer.bias is None else layer.bias.data_ptr()
+def alike(layer: Any, other: Any) -> bool:
+    """Whether layers multiply alike, and all have a bias or none."""
+    return type(layer) is type(other) and layer.kind == other.kind and (layer.bias is None) == (other.bias is None)
 
 
-def moved_together(parameters: Sequence[Tensor]) -> Tensor:
-    """A tensor of the rows of all parameters, which from now on are parts of it."""
-    rows = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, rows.split(list(map(len, parameters))), strict=True):
-        parameter.data = part
+def places_of(layer: nn.Module) -> tuple[int, ...]:
+    """Where the parts of a layer are; 0 for none, and for what is no plain tensor."""
+    parts = [getattr(layer, name) for name in PARTS[type(layer)]]
+    return tuple(part.data_ptr() if type(part) in (nn.Parameter, Tensor) else 0 for part in parts)
+
+
+def moved_together(parts: Sequence[Any]) -> Any:
+    """A tensor of the rows of all parts, which from now on are parts of it; None for parts that are None."""
+    if parts[0] is None:
+        return None
+    rows = torch.cat([part.data for part in parts])
+    for old, new in zip(parts, rows.split(list(map(len, parts))), strict=True):
+        old.data = new
     return rows
 
 
@@ -123,7 +150,7 @@ def product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> 
     """Inputs (…, D) times the transposed weight, and the bias, where no gradients are wanted of oneDNN."""
     if native.suits(inputs, weight_FD, bias_F):
         kind = Kind.FLOAT32_ROWS if weight_FD.dtype is torch.float32 else Kind.BFLOAT16_ROWS
-        return native.product(kind, inputs, weight_FD, None, bias_F)
+        return native.product(kind, inputs, weight_FD, bias_F=bias_F)
     multiply = onednn_product if suits_onednn(inputs, weight_FD) else functional.linear
     return multiply(inputs, weight_FD, bias_F)
 

@@ -83,7 +83,7 @@ def watched() -> bool:
 
 
 def product(
-    kind: Kind, inputs: Tensor, matrix_FX: Tensor, scales: Tensor | None = None, bias_F: Tensor | None = None
+    kind: Kind, inputs: Tensor, matrix_FX: Tensor, scales: Tensor | None = None, *, bias_F: Tensor | None = None
 ) -> Tensor:
     """Inputs (…, D) times the transposed matrix, and the bias, (…, F) in the dtype of the inputs."""
     assert PRODUCT is not None

@@ -47,6 +47,7 @@ class Int8Linear(nn.Module):
         scales_F: what a row of them is multiplied by.
         bias: (F,) or None.
         dynamic: whether inputs are rounded too.
+        kind: the library's name for the product.
     """
 
     codes_FD: Tensor
@@ -60,6 +61,7 @@ class Int8Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.dynamic = dynamic
+        self.kind = Kind.INT8_DYNAMIC_ROWS if dynamic else Kind.INT8_ROWS
         self.register_buffer("codes_FD", torch.zeros((out_features, in_features), dtype=torch.int8, device=device))
         self.register_buffer("scales_F", torch.zeros(out_features, device=device))
         bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if use_bias else None
@@ -68,8 +70,7 @@ class Int8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
         if native.suits(inputs, self.codes_FD, self.bias):
-            kind = Kind.INT8_DYNAMIC_ROWS if self.dynamic else Kind.INT8_ROWS
-            return native.product(kind, inputs, self.codes_FD, self.scales_F, self.bias)
+            return native.product(self.kind, inputs, self.codes_FD, self.scales_F, bias_F=self.bias)
         inputs_MD = inputs.reshape(-1, self.in_features)
         multiply = self.multiply_rounded if self.dynamic else self.multiply
         outputs_MF = multiply(inputs_MD)
@@ -116,7 +117,10 @@ class Int4Linear(nn.Module):
         codes: the integers, two to a byte, (F, D / 2).
         groups: scale and offset of each group, (F, D / 32, 2).
         bias: (F,) or None.
+        kind: the library's name for the product.
     """
+
+    kind = Kind.INT4_ROWS
 
     codes: Tensor
     groups: Tensor
@@ -134,11 +138,11 @@ class Int4Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
         if native.suits(inputs, self.codes, self.bias):
-            return native.product(Kind.INT4_ROWS, inputs, self.codes, self.groups, self.bias)
+            return native.product(self.kind, inputs, self.codes, self.groups, bias_F=self.bias)
         # Inputs are rounded to bfloat16 on every path.
         rounded = inputs.bfloat16().float()
         if native.suits(rounded, self.codes, None):
-            outputs = native.product(Kind.INT4_ROWS, rounded, self.codes, self.groups)
+            outputs = native.product(self.kind, rounded, self.codes, self.groups)
         else:
             outputs = functional.linear(rounded, self.weight)
         outputs = outputs if self.bias is None else outputs + self.bias

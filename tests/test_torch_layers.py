@@ -16,7 +16,7 @@ if "torch" not in BACKENDS:
 
 import torch
 
-from opt_torch import OPTForCausalLM
+from opt_torch import OPTForCausalLM, native
 from opt_torch.layers import Together
 
 IDS = torch.arange(4, 11)[None]
@@ -73,6 +73,31 @@ def test_they_lie_apart_until_a_token_is_decoded(loaded):
     assert not are_together(loaded)
     loaded.generate(IDS, max_new_tokens=2)
     assert are_together(loaded)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8-dynamic", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_of_few_bits_are_one_product(quantization, dtype, monkeypatch):
+    model = OPTForCausalLM.from_pretrained("opt-tiny", dtype=dtype, quantization=quantization)
+    layers = model.model.decoder.layers
+    rows = []
+    original = native.product
+
+    def recorded(kind, inputs, matrix, *scales, bias_F=None):
+        rows.append(len(matrix))
+        return original(kind, inputs, matrix, *scales, bias_F=bias_F)
+
+    monkeypatch.setattr(native, "product", recorded)
+    stored = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        together = model(IDS[:, :1]).logits
+        assert are_together(model) == (quantization != "int4" or native.HAS_INT4)
+        if native.PRODUCT is not None and are_together(model):
+            assert rows.count(3 * model.config.hidden_size) == len(layers)
+        apart_logits = apart(model)(IDS[:, :1]).logits
+    torch.testing.assert_close(together, apart_logits, rtol=0, atol=1e-5)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, stored[name])
 
 
 def test_one_is_noticed_to_be_wrong(model):

@@ -32,6 +32,7 @@ struct product {
     const float *steps;      /* what they are multiplied by */
     int has_large;
     const struct int4_block *blocks; /* inputs as INT4_ROWS wants them, (M, D / 64, rounded up) */
+    const float *group_sums;         /* sums of 32 of those, (M, SUMS_APART(D)) */
     float *sums; /* (M, F), where outputs are float32 these */
     const void *bias;
     int bias_type;
@@ -39,15 +40,16 @@ struct product {
     int output_type;
 };
 
-/* Sixty-four inputs: those at even places and those at odd ones in bfloat16, and what the sixteen sums of a product with
-   ones are. */
+/* Sixty-four inputs: those at even places and those at odd ones in bfloat16. */
 struct int4_block {
     uint16_t even[32], odd[32];
-    float sums[16];
 };
 
+/* Numbers from one row's sums of groups to the next: a whole count of sixteen. */
+#define SUMS_APART(D) (((D) + 511) / 512 * 16)
+
 /* The product with 4-bit integers, for processors that `opt_int4_works` says have the instructions. */
-void opt_int4_inputs(const struct product *, struct int4_block *);
+void opt_int4_inputs(const struct product *, struct int4_block *, float *group_sums);
 void opt_int4_rows(const struct product *, size_t first, size_t last);
 
 #endif

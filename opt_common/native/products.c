@@ -132,12 +132,13 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
     };
     int dynamic = kind == INT8_DYNAMIC_ROWS;
     size_t blocks = kind == INT4_ROWS ? M * ((D + 63) / 64) : 0;
+    size_t group_sums = kind == INT4_ROWS ? M * SUMS_APART(D) : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
     int by_columns = job.set->columns[kind] != NULL;
     size_t width = (F + LANES - 1) / LANES * LANES;
     size_t summed = by_columns ? threads * M * width + (output_type == BFLOAT16 ? M * F : 0) : output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
-    float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + dynamic * (D + 2 * M)) * sizeof(float) +
+    float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + group_sums + dynamic * (D + 2 * M)) * sizeof(float) +
                           dynamic * 2 * M * D + 1);
     if (!space) return -1;
     struct int4_block *int4_blocks = (struct int4_block *)space;
@@ -153,8 +154,10 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         p->steps = steps;
     }
     if (kind == INT4_ROWS) {
-        opt_int4_inputs(p, int4_blocks);
+        float *own_sums = sums + summed;
+        opt_int4_inputs(p, int4_blocks, own_sums);
         p->blocks = int4_blocks;
+        p->group_sums = own_sums;
     }
     if (!by_columns) {
         opt_run_parts(run_rows, &job, threads, team);
