@@ -99,7 +99,10 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
         for (; k + LANES <= D; k += LANES) {                                                                           \
             floats weights[R];                                                                                         \
             UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++) weights[r] = NAME(load_##suffix)(rows + r * apart + k);                        \
+            for (int r = 0; r < R; r++) {                                                                              \
+                weights[r] = NAME(load_##suffix)(rows + r * apart + k);                                                \
+                FETCH(rows + r * apart + k + D);                                                                       \
+            }                                                                                                          \
             UNROLLED                                                                                                   \
             for (int m = 0; m < M; m++) {                                                                              \
                 floats values = NAME(load_float32)(inputs + m * D + k);                                                \
@@ -147,23 +150,11 @@ DOTS_OF_ALL(int8, int8_t, 1)
 
 /* Sums of products of integers from -127 to 127, X rows with R, like `DOTS`. The inputs have 128 added to them. */
 #if WIDE_INTEGERS
-#define ADD_INTEGERS(X, R, load)                                                                                       \
-    {                                                                                                                  \
-        __m512i weights[R];                                                                                            \
-        UNROLLED                                                                                                       \
-        for (int r = 0; r < R; r++) {                                                                                  \
-            weights[r] = load(rows + r * apart + k);                                                                   \
-            surplus[r] = _mm512_dpbusd_epi32(surplus[r], all_128, weights[r]);                                         \
-        }                                                                                                              \
-        UNROLLED                                                                                                       \
-        for (int x = 0; x < X; x++) {                                                                                  \
-            __m512i values = load(inputs + x * D + k);                                                                 \
-            UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++)                                                                                \
-                totals[x * R + r] = _mm512_dpbusd_epi32(totals[x * R + r], values, weights[r]);                        \
-        }                                                                                                              \
-    }
-#define LOAD_INSIDE(from) _mm512_maskz_loadu_epi8(inside, from)
+static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
+    return _mm512_maskz_loadu_epi8(inside, from);
+}
+/* Sums of four products each are added to `sums`. The compiler's own function for it copies them to and fro. */
+#define ADD_DOTS(sums, values, weights) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(values), "v"(weights))
 #define INTEGER_DOTS(X, R)                                                                                             \
     static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
                                                    int32_t *sums) {                                                    \
@@ -174,20 +165,37 @@ DOTS_OF_ALL(int8, int8_t, 1)
         UNROLLED                                                                                                       \
         for (int r = 0; r < R; r++) surplus[r] = _mm512_setzero_si512();                                               \
         size_t k = 0;                                                                                                  \
-        for (; k + 64 <= D; k += 64) ADD_INTEGERS(X, R, _mm512_loadu_si512)                                            \
-        if (k < D) {                                                                                                   \
-            __mmask64 inside = (1ull << (D - k)) - 1;                                                                  \
-            ADD_INTEGERS(X, R, LOAD_INSIDE)                                                                            \
+        for (; k + 64 <= D; k += 64) {                                                                                 \
+            __m512i weights[R];                                                                                        \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++) {                                                                              \
+                weights[r] = _mm512_loadu_si512(rows + r * apart + k);                                                 \
+                FETCH(rows + r * apart + k + D);                                                                       \
+                ADD_DOTS(surplus[r], all_128, weights[r]);                                                             \
+            }                                                                                                          \
+            UNROLLED                                                                                                   \
+            for (int x = 0; x < X; x++) {                                                                              \
+                __m512i values = _mm512_loadu_si512(inputs + x * D + k);                                               \
+                UNROLLED                                                                                               \
+                for (int r = 0; r < R; r++) ADD_DOTS(totals[x * R + r], values, weights[r]);                           \
+            }                                                                                                          \
         }                                                                                                              \
         UNROLLED                                                                                                       \
-        for (int x = 0; x < X; x++)                                                                                    \
-            UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++) all[x * R + r] = _mm512_sub_epi32(totals[x * R + r], surplus[r]);              \
+        for (int i = 0; i < X * R; i++) all[i] = _mm512_sub_epi32(totals[i], surplus[i % R]);                          \
         if (X * R == 16)                                                                                               \
             _mm512_storeu_si512(sums, NAME(sums_of_sixteen_int32)(all));                                               \
         else                                                                                                           \
             UNROLLED                                                                                                   \
             for (int i = 0; i < X * R; i++) sums[i] = _mm512_reduce_add_epi32(all[i]);                                 \
+        if (k == D) return;                                                                                            \
+        __mmask64 inside = (1ull << (D - k)) - 1;                                                                      \
+        for (int i = 0; i < X * R; i++) {                                                                              \
+            __m512i weights = NAME(load_inside)(inside, rows + i % R * apart + k);                                     \
+            __m512i values = NAME(load_inside)(inside, inputs + i / R * D + k);                                        \
+            __m512i rest = _mm512_dpbusd_epi32(_mm512_setzero_si512(), all_128, weights);                              \
+            rest = _mm512_sub_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), values, weights), rest);               \
+            sums[i] += _mm512_reduce_add_epi32(rest);                                                                  \
+        }                                                                                                              \
     }
 #else
 #define INTEGER_DOTS(X, R)                                                                                             \
@@ -468,8 +476,6 @@ static const struct set NAME(set) = {
 #undef DOTS
 #undef DOTS_OF_ALL
 #undef INTEGER_DOTS
-#undef ADD_INTEGERS
-#undef LOAD_INSIDE
 #undef INTEGER_DOTS_OF_ALL
 #undef ALL_ROWS
 #undef ADD_ROWS

@@ -17,6 +17,10 @@
 /* Not merged into what calls it, where the compiler would run out of registers. */
 #define ALONE __attribute__((noinline))
 
+/* Fetch what is read in the next row of a matrix: the operations of several rows of inputs take as long as memory does,
+   and would otherwise wait for it. It does no harm where there is no next row. */
+#define FETCH(from) __builtin_prefetch(from, 0, 2)
+
 /* A loop with so few turns that each has its own registers. */
 #define UNROLLED _Pragma("GCC unroll 16")
 
