@@ -153,7 +153,7 @@ DOTS_OF_ALL(int8, int8_t, 1)
 static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
     return _mm512_maskz_loadu_epi8(inside, from);
 }
-/* Sums of four products each are added to `sums`. The compiler's own function for it copies them to and fro. */
+/* Sums of four products each are added to `sums`. The compiler's own function for it copies them each time. */
 #define ADD_DOTS(sums, values, weights) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(values), "v"(weights))
 #define INTEGER_DOTS(X, R)                                                                                             \
     static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
