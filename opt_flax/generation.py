@@ -15,12 +15,12 @@ from opt_common.assisted import check_assistant
 from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
+from opt_common.native import decoding
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
-from opt_flax import native
 from opt_flax.cache import KVCache, append
 from opt_flax.contrastive import preferred, rows_of
 from opt_flax.dola import early_logits
@@ -336,7 +336,7 @@ class Structure:
 _STRUCTURES: dict[Structure, Structure] = {}
 
 
-@native.decoding()
+@decoding()
 def _one_step(
     structure: Structure,
     program: Program,

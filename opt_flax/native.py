@@ -1,35 +1,14 @@
 """The products and the attention of `opt_common.native` on JAX's arrays."""
 
-import contextlib
-import contextvars
 import ctypes
 import functools
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_common.native import COLUMNS, MAX_ROWS, XLA_ATTENTION, XLA_PRODUCTS, Kind, xla_handlers
-
-_IS_DECODING = contextvars.ContextVar("_IS_DECODING", default=False)
-
-DTYPES = ("float32", "bfloat16")
-"""What the library computes with."""
-
-
-@contextlib.contextmanager
-def decoding() -> Iterator[None]:
-    """Where the library is called. What is compiled here has no gradients and can't be exported.
-
-    Generation's step is compiled so. It decorates a function, too, for it to be traced so.
-    """
-    token = _IS_DECODING.set(True)
-    try:
-        yield
-    finally:
-        _IS_DECODING.reset(token)
+from opt_common.native import COLUMNS, DTYPES, MAX_ROWS, XLA_ATTENTION, XLA_PRODUCTS, Kind, is_decoding, xla_handlers
 
 
 @functools.cache
@@ -53,7 +32,7 @@ def is_registered() -> bool:
 
 def is_called() -> bool:
     """Whether the library is called here: on one CPU, for XLA can't divide what it does not know among more."""
-    return _IS_DECODING.get() and jax.default_backend() == "cpu" and jax.device_count() == 1 and is_registered()
+    return is_decoding.get() and jax.default_backend() == "cpu" and jax.device_count() == 1 and is_registered()
 
 
 def suits(inputs: Array) -> bool:

@@ -12,7 +12,7 @@ from opt_common.assisted import check_assistant
 from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt, Selection
 from opt_common.generation import bucket, check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
-from opt_common.native import MAX_ROWS
+from opt_common.native import DTYPES, MAX_ROWS, decoding
 from opt_common.outputs import GenerateOutput
 from opt_common.processors import Program, program
 from opt_common.stopping import Criterion, read_stopping
@@ -303,7 +303,7 @@ def suits_xla(model: "TFOPTForCausalLM", tokens: int) -> bool:
     """
     if model.config.quantization is not None or tf.config.list_physical_devices("GPU"):
         return True
-    if native.is_registered() and model.compute_dtype in native.DTYPES and tokens <= MAX_ROWS:
+    if native.is_registered() and model.compute_dtype in DTYPES and tokens <= MAX_ROWS:
         return True
     return model.compute_dtype != "bfloat16" and (model.compute_dtype != "float32" or tokens == 1)
 
@@ -321,7 +321,7 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
     reference = weakref.ref(model)
 
     @tf.function(jit_compile=xla, autograph=False)
-    @native.decoding(by_xla=xla)
+    @decoding(by_xla=xla)
     def step(
         program: Program,
         selection: Selection,

@@ -8,41 +8,31 @@ own language, StableHLO, which has a word for a call.
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportReturnType=false, reportGeneralTypeIssues=false
 # pyright: reportCallIssue=false
 
-import contextlib
-import contextvars
 import ctypes
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
 
-from opt_common.native import COLUMNS, MAX_ROWS, XLA_ATTENTION, XLA_PRODUCTS, Kind, library, xla_handlers
-
-_IS_DECODING = contextvars.ContextVar("_IS_DECODING", default=False)
-
-DTYPES = ("float32", "bfloat16")
-"""What the library computes with."""
+from opt_common.native import (
+    COLUMNS,
+    DTYPES,
+    MAX_ROWS,
+    XLA_ATTENTION,
+    XLA_PRODUCTS,
+    Kind,
+    is_decoding,
+    library,
+    xla_handlers,
+)
 
 STABLEHLO_DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int32": "i32"}
 """What StableHLO calls dtypes."""
 
 MODULE_VERSION = 9
 """The version of the operation that has the module as text and names of platforms."""
-
-
-@contextlib.contextmanager
-def decoding(*, by_xla: bool = True) -> Iterator[None]:
-    """Where the library is called, if it is XLA that compiles. What is compiled here has no gradients.
-
-    Generation's step is compiled so. It decorates a function, too, for it to be traced so.
-    """
-    token = _IS_DECODING.set(by_xla)
-    try:
-        yield
-    finally:
-        _IS_DECODING.reset(token)
 
 
 @functools.cache
@@ -70,7 +60,7 @@ def is_registered() -> bool:
 def is_called() -> bool:
     """Whether the library is called here: on CPUs alone."""
     devices = {device.device_type for device in tf.config.list_physical_devices()}
-    return _IS_DECODING.get() and devices == {"CPU"} and is_registered()
+    return is_decoding.get() and devices == {"CPU"} and is_registered()
 
 
 def suits(inputs: tf.Tensor) -> bool:

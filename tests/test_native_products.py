@@ -365,7 +365,7 @@ class Xla:
         return found, program.experimental_get_compiler_ir(*arguments)(stage="hlo")
 
     def decoding(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return self.native.decoding()(function)
+        return native.decoding()(function)
 
     def matrix_product(self, columns: bool) -> Callable[[Any, Any], Any]:
         if self.name == "tf":

@@ -353,7 +353,6 @@ TENSORFLOW_ALONE = {
     "*: arguments": "as above",
     "is_registered: *": "each has its way to XLA's interface",
     "is_called: *": "TensorFlow has no word for the backend",
-    "decoding(by_xla)": "TensorFlow has two compilers",
     "suits: *": "sizes may be unknown there",
 }
 """How the two that XLA serves call the library: pattern of a differing line -> why."""

@@ -8,10 +8,13 @@ The library is built when the package is installed. Without a C compiler there i
 its framework does; so it does if the environment variable `OPT_NATIVE` is 0.
 """
 
+import contextlib
+import contextvars
 import ctypes
 import enum
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_ROWS = 16
@@ -48,11 +51,33 @@ KINDS = {
 COLUMNS = (Kind.FLOAT32_COLUMNS, Kind.BFLOAT16_COLUMNS)
 """The kinds that are (D, F)."""
 
+DTYPES = ("float32", "bfloat16")
+"""What inputs and attention may be in."""
+
 XLA_ATTENTION = "opt_attention"
 """The name by which XLA's programs call attention of one token."""
 
 XLA_PRODUCTS = {kind: f"opt_{kind.name.lower()}" for kind in (*KINDS.values(), Kind.INT8_DYNAMIC_ROWS)}
 """The names by which they call products."""
+
+is_decoding = contextvars.ContextVar("is_decoding", default=False)
+"""Whether what XLA compiles is to call the library."""
+
+
+@contextlib.contextmanager
+def decoding(*, by_xla: bool = True) -> Iterator[None]:
+    """Where what XLA compiles calls the library: it has no gradients there, and can't be exported.
+
+    Generation's step is compiled so. It decorates a function, too, for it to be traced so.
+
+    Args:
+        by_xla: whether it is XLA that compiles; what else may compile can't call the library.
+    """
+    token = is_decoding.set(by_xla)
+    try:
+        yield
+    finally:
+        is_decoding.reset(token)
 
 
 @functools.cache

@@ -176,7 +176,7 @@ error *opt_attention_xla(frame *frame) {
     }
     if (slot->type != XLA_INT32 || *(const int32_t *)slot->data < 0 || (size_t)*(const int32_t *)slot->data >= S)
         return failure(frame, "the slot of attention is not one of the buffers'", INVALID_ARGUMENT);
-    if (bias->type != queries->type || (size_t)bias->dimensions[3] != S || (size_t)bias->dimensions[0] > B)
+    if (bias->type != queries->type || (size_t)bias->dimensions[3] != S || (bias->dimensions[0] != 1 && (size_t)bias->dimensions[0] != B))
         return failure(frame, "the bias of attention does not fit", INVALID_ARGUMENT);
     int type = queries->type == XLA_BFLOAT16, buffer_type = buffers->type == XLA_BFLOAT16;
     for (int i = 1; i < 3; i++)
