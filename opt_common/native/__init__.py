@@ -14,7 +14,7 @@ import ctypes
 import enum
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 MAX_ROWS = 16
@@ -65,7 +65,7 @@ is_decoding = contextvars.ContextVar("is_decoding", default=False)
 
 
 @contextlib.contextmanager
-def decoding(*, by_xla: bool = True) -> Iterator[None]:
+def decoding(*, by_xla: bool = True) -> Generator[None, None, None]:
     """Where what XLA compiles calls the library: it has no gradients there, and can't be exported.
 
     Generation's step is compiled so. It decorates a function, too, for it to be traced so.
