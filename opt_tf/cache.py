@@ -96,6 +96,31 @@ class KVCache:
         """The cache as it was when it held its first `length` tokens."""
         return dataclasses.replace(self, length=length)
 
+    def in_variables(self) -> Self:
+        """The cache in variables, where a compiled function writes without a copy: no value any more."""
+        if self.is_in_variables:
+            return self
+        keys, values = (
+            tuple(tf.Variable(buffer_BSNH, trainable=False) for buffer_BSNH in part)
+            for part in (self.keys, self.values)
+        )
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    @property
+    def is_in_variables(self) -> bool:
+        """Whether a compiled function writes to the buffers themselves."""
+        return isinstance(self.keys[0], tf.Variable)
+
+    def in_tensors(self) -> Self:
+        """The cache as a value, whether its buffers are variables or not."""
+        keys, values = (tuple(map(tf.convert_to_tensor, part)) for part in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values)
+
+    def assign(self, cache: Self) -> None:
+        """Give variables the numbers of another cache's buffers."""
+        for variable, buffer_BSNH in zip(self.keys + self.values, cache.keys + cache.values, strict=True):
+            variable.assign(buffer_BSNH)
+
     def __tf_flatten__(self) -> tuple[tuple[()], tuple[Any, ...]]:
         return (), (self.keys, self.values, self.length)
 

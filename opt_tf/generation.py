@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,6 +205,7 @@ class Decoder:
         self.model = model
         self.prompt = prompt
         self.program = program(prompt.processors)
+        self.steps: dict[Hashable, Callable[..., Any]] = {}
         self.arguments = tuple(tuple(map(tf.constant, processor.arguments)) for processor in prompt.processors)
         self.guidance_scale = None if prompt.guidance is None else tf.constant(prompt.guidance.scale, tf.float64)
 
@@ -239,7 +240,7 @@ class Decoder:
     def past(self) -> KVCache:
         """The cache of what was read, in the order in which the prompts were given."""
         assert self.prompt.order is not None
-        cache, margin = self.cache, self.padding + self.prompt.margin
+        cache, margin = self.cache.in_tensors(), self.padding + self.prompt.margin
         slots_BS = given_slots(self.prompt.order, self.prompt.past_length, margin, cache.capacity)
         length = int(cache.length) - margin
         if self.guidance_scale is not None:
@@ -253,6 +254,8 @@ class Decoder:
 
     def decode(self, ids_BT: Ids, choice: Choice) -> Arrays:
         """Continue the rows that the choice names by one or several tokens each, and select what follows the last."""
+        # Rows that others continue need buffers beside theirs.
+        self.cache = self.cache.in_variables() if choice.rows_B is None else self.cache.in_tensors()
         return self.step(ids_BT, choice)
 
     def forget(self, count: int) -> None:
@@ -267,8 +270,9 @@ class Decoder:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         cache = self.cache
         rows_B = None if choice.rows_B is None else tf.constant(choice.rows_B, tf.int32)
-        step = _compiled_step(self.model, suits_xla(self.model, ids_BT.size))
-        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = step(
+        choice_arguments = tuple(map(tf.convert_to_tensor, choice.arguments))
+        ids = tf.convert_to_tensor(ids_BT, tf.int32)
+        arguments = (
             self.program,
             choice.selection,
             cache.keys,
@@ -277,15 +281,24 @@ class Decoder:
             self.tokens_BS,
             self.mask_BS,
             self.states_BS1E,
-            tf.convert_to_tensor(ids_BT, tf.int32),
+            ids,
             None if embeds_BTE is None else tf.convert_to_tensor(embeds_BTE, self.model.compute_dtype),
             rows_B,
             tf.constant(self.text_start, tf.int32),
             self.arguments,
             self.guidance_scale,
             tf.constant(choice.gates_P),
-            tuple(map(tf.convert_to_tensor, choice.arguments)),
+            choice_arguments,
         )
+        # TensorFlow would find the compiled step by the types of all arguments, which takes it milliseconds.
+        varying = [(each.shape, each.dtype) for each in (self.mask_BS, ids, *choice_arguments)]
+        key = (choice.selection, rows_B is None, cache.is_in_variables, *varying)
+        if key not in self.steps:
+            step = _compiled_step(self.model, suits_xla(self.model, ids_BT.size))
+            self.steps[key] = step.get_concrete_function(*arguments)
+        found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = self.steps[key](*arguments)
+        if cache.is_in_variables:
+            keys, values = cache.keys, cache.values
         self.cache = KVCache(keys, values, cache.length + ids_BT.shape[1])
         return {name: array if name in ON_DEVICE else array.numpy() for name, array in found.items()}
 
@@ -342,7 +355,8 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
     ) -> tuple[Any, ...]:
         model = reference()
         assert model is not None
-        cache = KVCache(keys, values, length)
+        given = KVCache(keys, values, length)
+        cache = given.in_tensors()
         if rows_B is not None:
             cache = cache.reordered(rows_B)
             tokens_BS, mask_BS = tf.gather(tokens_BS, rows_B), tf.gather(mask_BS, rows_B)
@@ -394,6 +408,9 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
             guidance_scale=guidance_scale,
         )
         found |= select(step, selection, choice_arguments)
+        if given.is_in_variables:
+            given.assign(present)
+            return found, None, None, tokens_BS, mask_BS, states_BS1E
         return found, present.keys, present.values, tokens_BS, mask_BS, states_BS1E
 
     steps[xla] = step
