@@ -100,6 +100,9 @@ SANCTIONED = {
         "append: slots_S": (("tf",), "a slice of XLA's is slow, and TensorFlow has none"),
         "*(device)": (BOTH, "the frameworks place arrays themselves"),
         "*KVCache.__tf_*": (("tf",), "how tf.function takes a cache apart"),
+        "*KVCache.in_*": (("tf",), "what TensorFlow compiles writes in place to variables alone"),
+        "*KVCache.is_in_variables*": (("tf",), "likewise"),
+        "*KVCache.assign*": (("tf",), "likewise"),
         "*is_traced*": (("tf",), "JAX has a class for it, PyTorch a flag"),
     },
     "attention.py": {
