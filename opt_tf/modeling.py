@@ -496,7 +496,7 @@ class TFOPTForCausalLM(Adaptable, Trainable, Pretrained, keras.Model):
             elif not self.config.tie_word_embeddings and type(self.lm_head) is Linear:
                 head = (self.lm_head.kernel, False)
             labels = tf.convert_to_tensor(labels)
-            loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch)
+            loss = causal_lm_loss(head, hidden_BTE, labels, self.config.vocab_size, num_items_in_batch, training)
         return OPTCausalLMOutput(
             loss=loss,
             logits=self.logits(hidden_BTE) if output_logits else None,

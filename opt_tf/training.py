@@ -175,10 +175,12 @@ def causal_lm_loss(
     labels_BT: tf.Tensor,
     vocab_size: int,
     num_items_in_batch: int | tf.Tensor | None = None,
+    training: bool | None = None,
 ) -> tf.Tensor:
     """Cross-entropy of label t + 1 under the logits at t, in float32 at least; NaN if no label counts.
 
-    The logits are computed `CHUNK_LOGITS` at a time, and again in the backward pass.
+    The logits are computed `CHUNK_LOGITS` at a time: in training gradients along with the loss, from the same logits;
+    otherwise the logits are computed again in the backward pass, if there is one.
 
     Args:
         head: weight of the head, and whether it is the table (V, E) or a kernel (E, V); or, for a head that is more
@@ -187,6 +189,7 @@ def causal_lm_loss(
         labels_BT: ids; -100 does not count.
         vocab_size: V.
         num_items_in_batch: what the sum over labels is divided by; None means the number of labels that count.
+        training: whether gradients will be wanted.
     """
     B, T, E = keras.ops.shape(hidden_BTE)
     hidden_XE = tf.reshape(hidden_BTE[:, :-1], (-1, E))
@@ -204,60 +207,63 @@ def causal_lm_loss(
         total = tf.reduce_sum(tf.where(labels_X == IGNORED_LABEL, tf.zeros((), logits_XV.dtype), losses_X))
     else:
         hidden_KCE = tf.reshape(tf.pad(hidden_XE, ((0, missing), (0, 0))), (K, rows, E))
-        total = _summed_losses(hidden_KCE, tf.convert_to_tensor(head[0]), labels_KC, head[1])
+        total = _summed_losses(hidden_KCE, tf.convert_to_tensor(head[0]), labels_KC, head[1], bool(training))
     count = tf.reduce_sum(tf.cast(labels_X != IGNORED_LABEL, total.dtype))
     return total / (count if num_items_in_batch is None else tf.cast(num_items_in_batch, total.dtype))
 
 
-def _summed_losses(hidden_KCE: tf.Tensor, weight: tf.Tensor, labels_KC: tf.Tensor, is_table: bool) -> tf.Tensor:
-    """The sum of the losses, chunk after chunk, with a gradient that computes each chunk's logits again."""
+def _summed_losses(
+    hidden_KCE: tf.Tensor, weight: tf.Tensor, labels_KC: tf.Tensor, is_table: bool, with_slopes: bool
+) -> tf.Tensor:
+    """The sum of the losses, chunk after chunk; with slopes at once, or from logits that are computed again."""
     K = tf.shape(hidden_KCE)[0]
     at_least_float32 = tf.float64 if hidden_KCE.dtype == tf.float64 else tf.float32
     counted_KC = labels_KC != IGNORED_LABEL
     labels_KC = tf.where(counted_KC, labels_KC, 0)
 
-    def logits(hidden_CE: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    def losses(hidden_CE: tf.Tensor, weight: tf.Tensor, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         logits_CV = tf.matmul(hidden_CE, tf.cast(weight, hidden_CE.dtype), transpose_b=is_table)
-        return tf.cast(logits_CV, at_least_float32)
+        logits_CV = tf.cast(logits_CV, at_least_float32)
+        losses_C = tf.nn.sparse_softmax_cross_entropy_with_logits(labels_KC[k], logits_CV)
+        return tf.reduce_sum(tf.where(counted_KC[k], losses_C, tf.zeros((), at_least_float32))), logits_CV
+
+    def losses_and_slopes(hidden_KCE: tf.Tensor, weight: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        C = keras.ops.shape(labels_KC)[1]
+
+        def add(k: tf.Tensor, total: tf.Tensor, hidden_slopes: tf.TensorArray, weight_slope: tf.Tensor) -> Any:
+            more, logits_CV = losses(hidden_KCE[k], weight, k)
+            picked_C2 = tf.stack((tf.range(C), labels_KC[k]), axis=1)
+            # The slope of the loss is the probabilities, less one at the label.
+            slope_CV = tf.tensor_scatter_nd_sub(tf.nn.softmax(logits_CV), picked_C2, tf.ones((C,), logits_CV.dtype))
+            slope_CV = tf.where(counted_KC[k][:, None], slope_CV, tf.zeros((), slope_CV.dtype))
+            slope_CV = tf.cast(slope_CV, hidden_KCE.dtype)
+            hidden_slope_CE = tf.matmul(slope_CV, tf.cast(weight, slope_CV.dtype), transpose_b=not is_table)
+            factors = (slope_CV, hidden_KCE[k]) if is_table else (hidden_KCE[k], slope_CV)
+            weight_slope += tf.cast(tf.matmul(*factors, transpose_a=True), weight_slope.dtype)
+            return k + 1, total + more, hidden_slopes.write(k, hidden_slope_CE), weight_slope
+
+        hidden_slopes = tf.TensorArray(hidden_KCE.dtype, size=K, element_shape=hidden_KCE.shape[1:])
+        zero, zeros = tf.zeros((), at_least_float32), tf.zeros(tf.shape(weight), at_least_float32)
+        start = (tf.constant(0), zero, hidden_slopes, zeros)
+        _, total, hidden_slopes, weight_slope = tf.while_loop(lambda k, *_: k < K, add, start, parallel_iterations=1)
+        return total, tf.reshape(hidden_slopes.stack(), tf.shape(hidden_KCE)), weight_slope
 
     @tf.custom_gradient
     def summed(hidden_KCE: tf.Tensor, weight: tf.Tensor) -> Any:
         def add(k: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            losses_C = tf.nn.sparse_softmax_cross_entropy_with_logits(labels_KC[k], logits(hidden_KCE[k], weight))
-            return k + 1, total + tf.reduce_sum(tf.where(counted_KC[k], losses_C, tf.zeros((), at_least_float32)))
+            return k + 1, total + losses(hidden_KCE[k], weight, k)[0]
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            return _slopes(hidden_KCE, weight, labels_KC, tf.where(counted_KC, upstream, 0), logits, is_table)
+            hidden_slopes, weight_slope = slopes or losses_and_slopes(hidden_KCE, weight)[1:]
+            # In half precision a scaled loss's factor comes before rounding, not after.
+            hidden_slopes = tf.cast(tf.cast(hidden_slopes, at_least_float32) * upstream, hidden_KCE.dtype)
+            return hidden_slopes, tf.cast(weight_slope * upstream, weight.dtype)
 
+        if with_slopes:
+            total, *slopes = losses_and_slopes(hidden_KCE, weight)
+            return total, gradient
+        slopes = []
         zero = (tf.constant(0), tf.zeros((), at_least_float32))
         return tf.while_loop(lambda k, _: k < K, add, zero, parallel_iterations=1)[1], gradient
 
     return summed(hidden_KCE, weight)
-
-
-def _slopes(
-    hidden_KCE: tf.Tensor,
-    weight: tf.Tensor,
-    labels_KC: tf.Tensor,
-    upstream_KC: tf.Tensor,
-    logits: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
-    is_table: bool,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The gradients of the losses with respect to hidden states and weight, given those of what comes after."""
-    K, C = keras.ops.shape(labels_KC)
-
-    def add(k: tf.Tensor, hidden_slopes: tf.TensorArray, weight_slope: tf.Tensor) -> tuple[Any, ...]:
-        logits_CV = logits(hidden_KCE[k], weight)
-        picked_C2 = tf.stack((tf.range(C), labels_KC[k]), axis=1)
-        # The slope of the loss is the probabilities, less one at the label.
-        slope_CV = tf.tensor_scatter_nd_sub(tf.nn.softmax(logits_CV), picked_C2, tf.ones((C,), logits_CV.dtype))
-        slope_CV = tf.cast(slope_CV * upstream_KC[k][:, None], hidden_KCE.dtype)
-        hidden_slope_CE = tf.matmul(slope_CV, tf.cast(weight, slope_CV.dtype), transpose_b=not is_table)
-        factors = (slope_CV, hidden_KCE[k]) if is_table else (hidden_KCE[k], slope_CV)
-        weight_slope += tf.cast(tf.matmul(*factors, transpose_a=True), weight_slope.dtype)
-        return k + 1, hidden_slopes.write(k, hidden_slope_CE), weight_slope
-
-    hidden_slopes = tf.TensorArray(hidden_KCE.dtype, size=K, element_shape=hidden_KCE.shape[1:])
-    start = (tf.constant(0), hidden_slopes, tf.zeros(tf.shape(weight), upstream_KC.dtype))
-    _, hidden_slopes, weight_slope = tf.while_loop(lambda k, *_: k < K, add, start, parallel_iterations=1)
-    return tf.reshape(hidden_slopes.stack(), tf.shape(hidden_KCE)), tf.cast(weight_slope, weight.dtype)
