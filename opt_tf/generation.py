@@ -295,7 +295,8 @@ class Decoder:
         key = (choice.selection, rows_B is None, cache.is_in_variables, *varying)
         if key not in self.steps:
             step = _compiled_step(self.model, suits_xla(self.model, ids_BT.size))
-            self.steps[key] = step.get_concrete_function(*arguments)
+            eager = tf.config.functions_run_eagerly()
+            self.steps[key] = step if eager else step.get_concrete_function(*arguments)
         found, keys, values, self.tokens_BS, self.mask_BS, self.states_BS1E = self.steps[key](*arguments)
         if cache.is_in_variables:
             keys, values = cache.keys, cache.values

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_a_stream_that_is_left_leaves_nothing_behind(backend, model_of, tokenize
     assert model.generate_text("One day", tokenizer, max_new_tokens=4) == before
     if training:
         model.eval()
+
+
+def test_streams_in_turns_do_not_meet(backend, model_of, tokenizer):
+    """Each run has keys and values of its own, also where a step writes to them in place."""
+    model = model_of(backend)
+    prompts = ("One day", "Two cats")
+    settings = {"max_new_tokens": 12, "eos_token_id": []}
+    alone = [list(model.stream(prompt, tokenizer, **settings)) for prompt in prompts]
+    assert alone[0] != alone[1]
+    streams = [model.stream(prompt, tokenizer, **settings) for prompt in prompts]
+    found: list[list[str]] = [[], []]
+    for pair in itertools.zip_longest(*streams):
+        for pieces, piece in zip(found, pair, strict=True):
+            pieces += [] if piece is None else [piece]
+    assert found == alone
 
 
 def test_embeddings_in_place_of_ids(backend, model_of):
