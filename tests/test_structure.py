@@ -245,6 +245,7 @@ SANCTIONED = {
         "*is_matrix*": (BOTH, "there a head without a matrix is told from others by its call"),
         "BLOCK_LOGITS =": (BOTH, "compilers choose their own blocks"),
         "*turn_into_slopes*": (BOTH, "as above"),
+        "causal_lm_loss(training)": (("tf",), "Keras passes the mode as an argument"),
         "*SummedLosses*": (BOTH, "each framework has its way to give a function a gradient"),
         "causal_lm_loss: *": (BOTH, "where a loop is compiled, its turns must be alike"),
         "*Trainable.*_step*": (("tf",), "what fit, evaluate and predict call"),
