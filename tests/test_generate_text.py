@@ -136,7 +136,7 @@ def test_streams_in_turns_do_not_meet(backend, model_of, tokenizer):
     found: list[list[str]] = [[], []]
     for pair in itertools.zip_longest(*streams):
         for pieces, piece in zip(found, pair, strict=True):
-            pieces += [] if piece is None else [piece]
+            pieces.extend([] if piece is None else [piece])
     assert found == alone
 
 
