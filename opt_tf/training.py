@@ -255,7 +255,7 @@ def _summed_losses(
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             hidden_slopes, weight_slope = slopes or losses_and_slopes(hidden_KCE, weight)[1:]
-            # In half precision a scaled loss's factor comes before rounding, not after.
+            # In float32 at least: a scaled loss's factor may be too large for half precision.
             hidden_slopes = tf.cast(tf.cast(hidden_slopes, at_least_float32) * upstream, hidden_KCE.dtype)
             return hidden_slopes, tf.cast(weight_slope * upstream, weight.dtype)
 
