@@ -35,7 +35,7 @@ SUITING = {
     torch.float32: (torch.float32,),
     torch.bfloat16: (torch.bfloat16,),
     torch.int8: _EITHER,
-    torch.uint8: _EITHER,
+    torch.uint8: _EITHER if HAS_INT4 else (),
 }
 """The dtypes of inputs that a product takes, by the dtype of the matrix."""
 
