@@ -61,7 +61,7 @@ def check_implementation(implementation: str) -> str:
     return implementation
 
 
-def attention_bias(attention_mask_BS: Tensor | None, T: int, S: int, offset: int, like: Tensor) -> Tensor:
+def attention_bias(attention_mask_BS: Tensor | None, T: int, S: int, offset: int | Tensor, like: Tensor) -> Tensor:
     """The mask rule as a number to add: query t, in slot `offset + t`, sees key s up to that slot unless s is padding.
 
     Args:
@@ -84,7 +84,7 @@ def attend(
     v_BTNH: Tensor,
     masking: Masking,
     past: tuple[Tensor, Tensor] | None,
-    offset: int,
+    offset: int | Tensor,
     *,
     implementation: str,
     dropout: float,
@@ -98,7 +98,7 @@ def attend(
         v_BTNH: their values.
         masking: what each query may attend to.
         past: buffers of the keys and values before them, (B, S, N, H) each, whose dtype attention computes in.
-        offset: number of tokens in the buffers.
+        offset: number of tokens in the buffers; where it is a tensor, queries look at whole buffers, and a bias masks.
         implementation: one of `IMPLEMENTATIONS`.
         dropout: probability of dropping an attention probability.
         need_probs: whether the probabilities are wanted, which only "eager" has.
@@ -108,14 +108,21 @@ def attend(
         if wanted, the probabilities (B, N, T, S).
     """
     fused = implementation == "sdpa" and not need_probs and dropout == 0
-    if past is not None and fused and native.suits_attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past):
+    if (
+        past is not None
+        and isinstance(offset, int)
+        and fused
+        and native.suits_attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past)
+    ):
         return native.attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past, offset), past, None
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
         # Buffers may be of more bits than what is put into them.
         q_BTNH = q_BTNH.to(past[0].dtype)
         present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
-        k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
+        k_BSNH, v_BSNH = present
+        if isinstance(offset, int):
+            k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:

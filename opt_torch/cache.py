@@ -19,7 +19,7 @@ class KVCache:
     Attributes:
         keys: L tensors (B, S, N, H), S the capacity; slots from `length` on hold nothing.
         values: likewise.
-        length: number of tokens held.
+        length: number of tokens held; inside a step that is recorded a tensor, see `cuda_graph.py`.
     """
 
     keys: tuple[Tensor, ...]
@@ -53,6 +53,8 @@ class KVCache:
 
     def with_room(self, new_tokens: int) -> Self:
         """The same cache with at least `new_tokens` free slots that nobody else writes to."""
+        if isinstance(self.length, Tensor):
+            return self
         needed = self.length + new_tokens
         if needed <= self.capacity and self.written[0] <= self.length:
             return self
@@ -75,7 +77,8 @@ class KVCache:
     def extended(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], new_tokens: int) -> Self:
         """The cache after `new_tokens` more tokens, given each layer's buffers with those tokens appended."""
         length = self.length + new_tokens
-        self.written[0] = max(self.written[0], length)
+        if isinstance(length, int):
+            self.written[0] = max(self.written[0], length)
         return dataclasses.replace(self, keys=keys, values=values, length=length)
 
     def reordered(self, rows_B: Tensor) -> Self:
@@ -98,9 +101,12 @@ class KVCache:
         return dataclasses.replace(self, length=length)
 
 
-def append(buffer_BSNH: Tensor, new_BTNH: Tensor, offset: int) -> Tensor:
+def append(buffer_BSNH: Tensor, new_BTNH: Tensor, offset: int | Tensor) -> Tensor:
     """Write new keys or values at slot `offset`: in place, or into a copy where gradients flow through the old ones."""
     T = new_BTNH.shape[1]
+    if isinstance(offset, Tensor):
+        new_BTNH = new_BTNH.to(buffer_BSNH.dtype)
+        return buffer_BSNH.index_copy_(1, offset + torch.arange(T, device=offset.device), new_BTNH)
     if torch.is_grad_enabled() and (new_BTNH.requires_grad or buffer_BSNH.requires_grad):
         return torch.cat((buffer_BSNH[:, :offset], new_BTNH, buffer_BSNH[:, offset + T :]), dim=1)
     buffer_BSNH[:, offset : offset + T] = new_BTNH

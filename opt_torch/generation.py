@@ -13,11 +13,12 @@ from opt_common.assisted import check_assistant
 from opt_common.decoding import ON_DEVICE, Arrays, Choice, Generated, Ids, Prompt
 from opt_common.generation import check_streamer, given_slots, read_prompt, returns_cache, run, token_steps
 from opt_common.generation_config import GenerationConfig
-from opt_common.outputs import GenerateOutput
+from opt_common.outputs import GenerateOutput, OPTModelOutput
 from opt_common.processors import program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
+from opt_torch import cuda_graph
 from opt_torch.cache import KVCache, append
 from opt_torch.contrastive import preferred, rows_of
 from opt_torch.dola import early_logits
@@ -225,6 +226,7 @@ class Decoder:
         self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
         self.guidance_scale = None if prompt.guidance is None else self.on_device(np.array(prompt.guidance.scale))
+        self.recorded: cuda_graph.RecordedStep | None = None
 
     def on_device(self, array: np.ndarray | Tensor) -> Tensor:
         """An array as the processors take it."""
@@ -289,20 +291,31 @@ class Decoder:
         """A decoder for another model."""
         return Decoder(model, prompt)
 
-    def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
-        """Read tokens, or embeddings in their place, and select what follows the last."""
-        ids_device_BT = self.on_device(ids_BT)
-        embeds_device_BTE = None if embeds_BTE is None else self.on_device(embeds_BTE).to(self.model.dtype)
+    def read(self, ids_BT: Tensor, embeds_BTE: Tensor | None, choice: Choice) -> OPTModelOutput:
+        """What the decoder makes of tokens, or of embeddings in their place, which its cache then holds."""
         # Without padding there is no mask, and the kernels take their fast causal path.
         mask_BS = self.mask_BS if self.padded else None
-        outputs = self.model.model.decoder(
-            ids_device_BT,
+        decoder = self.model.model.decoder
+        if ids_BT.shape[1] == 1 and embeds_BTE is None and choice.rows_B is None and not choice.selection.layers:
+            if self.recorded is None or not self.recorded.writes_to(self.cache):
+                suits = cuda_graph.suits(decoder, self.prompt.most_tokens)
+                self.recorded = cuda_graph.RecordedStep(decoder, self.cache, mask_BS) if suits else None
+            if self.recorded is not None:
+                return self.recorded(ids_BT, self.cache)
+        return decoder(
+            ids_BT,
             attention_mask=mask_BS,
-            inputs_embeds=embeds_device_BTE,
+            inputs_embeds=embeds_BTE,
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=bool(choice.selection.layers),
         )
+
+    def step(self, ids_BT: Ids, choice: Choice, embeds_BTE: np.ndarray | None = None) -> Arrays:
+        """Read tokens, or embeddings in their place, and select what follows the last."""
+        ids_device_BT = self.on_device(ids_BT)
+        embeds_device_BTE = None if embeds_BTE is None else self.on_device(embeds_BTE).to(self.model.dtype)
+        outputs = self.read(ids_device_BT, embeds_device_BTE, choice)
         self.tokens_BS[:, self.cache.length : self.cache.length + ids_BT.shape[1]] = ids_device_BT
         if self.states_BS1E is not None:
             append(self.states_BS1E, outputs.last_hidden_state[:, :, None], self.cache.length)

@@ -74,7 +74,7 @@ class OPTAttention(nn.Module):
         hidden_BTD: Tensor,
         masking: Masking,
         past: tuple[Tensor, Tensor] | None = None,
-        offset: int = 0,
+        offset: int | Tensor = 0,
         output_attentions: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Attend, to the past too.
@@ -132,7 +132,7 @@ class OPTDecoderLayer(nn.Module):
         hidden_BTD: Tensor,
         masking: Masking,
         past: tuple[Tensor, Tensor] | None = None,
-        offset: int = 0,
+        offset: int | Tensor = 0,
         output_attentions: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
         """Arguments and results are those of `OPTAttention`."""
@@ -193,12 +193,12 @@ class OPTDecoder(nn.Module):
         tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = tokens_BTE.shape[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
-        offset = 0 if cache is None else cache.length
+        offset: int | Tensor = 0 if cache is None else cache.length
 
         hidden_BTD = self.project_in(tokens_BTE) if self.config.has_projection else tokens_BTE
         positions_BT = self.place(attention_mask, position_ids, T, offset, hidden_BTD)
         hidden_BTD = hidden_BTD + self.embed_positions(positions_BT + POSITION_OFFSET)
-        masking = self.masking(attention_mask, T, offset, hidden_BTD)
+        masking = self.masking(attention_mask, cache, T, offset, hidden_BTD)
 
         recompute = self.checkpoint_every > 0 and self.training and cache is None and not use_cache
         hidden_states: list[Tensor] = []
@@ -240,19 +240,29 @@ class OPTDecoder(nn.Module):
         return self.embed_tokens(input_ids)
 
     def place(
-        self, attention_mask: Tensor | None, position_ids: Tensor | None, T: int, offset: int, hidden_BTD: Tensor
+        self,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        T: int,
+        offset: int | Tensor,
+        hidden_BTD: Tensor,
     ) -> Tensor:
         """Positions of the new tokens, (B or 1, T)."""
         if position_ids is not None:
             return position_ids
         if attention_mask is None:
             return offset + torch.arange(T, device=hidden_BTD.device)[None]
-        return positions(attention_mask.long())[:, offset : offset + T]
+        return positions(attention_mask.long()).index_select(1, offset + torch.arange(T, device=hidden_BTD.device))
 
-    def masking(self, attention_mask: Tensor | None, T: int, offset: int, hidden_BTD: Tensor) -> Masking:
+    def masking(
+        self, attention_mask: Tensor | None, cache: KVCache | None, T: int, offset: int | Tensor, hidden_BTD: Tensor
+    ) -> Masking:
         """What the new tokens may attend to, the same for every layer."""
         S = offset + T
-        if attention_mask is None and (offset == 0 or T == 1):
+        if isinstance(S, Tensor):
+            assert cache is not None
+            S = cache.capacity
+        elif attention_mask is None and (offset == 0 or T == 1):
             return Masking()
         maybe_empty = False
         if attention_mask is not None:

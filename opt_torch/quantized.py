@@ -152,7 +152,7 @@ class Int4Linear(nn.Module):
         """Take over the numbers of a matrix, (F, D).
 
         Raises:
-            CheckpointError: for a shape that the kernel does not take, or a device that it does not know.
+            CheckpointError: for a shape or a device that PyTorch's kernel does not take.
         """
         del dtype  # that of the inputs is kept
         F, D = weight_FD.shape
@@ -179,10 +179,8 @@ class Int4Linear(nn.Module):
 
     def start(self, rows: int, columns: int, device: Any) -> None:
         """Make room for a matrix."""
-        if torch.device(device).type != "cpu":
-            raise CheckpointError('quantization="int4" computes on a CPU alone. Use "int8-dynamic", or device="cpu".')
-        self.codes = torch.empty((rows, columns // 2), dtype=torch.uint8)
-        self.groups = torch.empty((rows, columns // GROUP_SIZE, 2), dtype=torch.bfloat16)
+        self.codes = torch.empty((rows, columns // 2), dtype=torch.uint8, device=device)
+        self.groups = torch.empty((rows, columns // GROUP_SIZE, 2), dtype=torch.bfloat16, device=device)
 
     def assign_rows(self, block: slice, codes_FX: Tensor, scales_FG: Tensor, offsets_FG: Tensor) -> None:
         """Take over some rows."""
@@ -228,6 +226,11 @@ class KernelInt4Linear(Int4Linear):
 
     def start(self, rows: int, columns: int, device: Any) -> None:
         """Make room for a matrix."""
+        if torch.device(device).type != "cpu":
+            raise CheckpointError(
+                'quantization="int4" computes on the CPU alone with a processor such as this. Use "int8-dynamic", or '
+                'device="cpu".'
+            )
         super().start(rows, columns, device)
         if rows % KERNEL_WIDTH:
             raise CheckpointError(
@@ -325,7 +328,9 @@ def int8_product(inputs_MD: Tensor, codes_FD: Tensor, scales_F: Tensor) -> Tenso
         return Int8Product.apply(inputs_MD, codes_FD, scales_F)
     inputs_MD = inputs_MD.float()
     rounded_MD, steps_M = round_rows(inputs_MD)
-    if len(inputs_MD) == 0 or not float(steps_M.max()) > OUTLIER / INT8_LIMIT:
+    # A GPU would have to be waited for to see whether there are any.
+    has_large = inputs_MD.is_cuda or (len(inputs_MD) > 0 and float(steps_M.max()) > OUTLIER / INT8_LIMIT)
+    if not has_large:
         return multiply_integers(rounded_MD, codes_FD) * steps_M * scales_F
     large_MD = inputs_MD * (inputs_MD.abs() > OUTLIER)
     large_rounded_MD, large_steps_M = round_rows(large_MD)

@@ -40,6 +40,7 @@ RENAMED = {"call": "forward", "__call__": "forward"}
 
 NOT_IN_ALL = {
     "bits_and_bytes.py": (("torch",), "bitsandbytes, which quantises base weights, is PyTorch's"),
+    "cuda_graph.py": (("torch",), "there a step is compiled as a whole"),
     "packed.py": (("torch",), "XLA orders matrices itself"),
 }
 """Files that some package does not have: which ones do, and why."""
@@ -191,7 +192,6 @@ SANCTIONED = {
         "OPTAttention.forward: [qkv]_BTD": (BOTH, "as above"),
         "OPTDecoder.forward: unused": (BOTH, "the mask is widened to the static cache"),
         "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
-        "OPTDecoder.masking(cache)": (BOTH, "the mask is as wide as the static cache"),
         "OPTDecoder.masking: maybe_empty": (BOTH, "see attention.py"),
         "check: *": (BOTH, "each framework has its way to know a traced array"),
         "OPTAttention.forward: dropping": (
@@ -302,6 +302,7 @@ SANCTIONED = {
         "Decoder.prefill: *": (BOTH, "prompts are padded to a bucket, so that one compiled step serves many"),
         "Decoder.decode: *": (BOTH, "rows are reordered inside that function"),
         "Decoder.forget: *": (BOTH, "only PyTorch writes in place, and must know how far"),
+        "*Decoder.read*": (BOTH, "as below"),
         "Decoder.step: *": (BOTH, "the step is a compiled function of its own"),
         "*_step*": (BOTH, "that function"),
         "*Structure*": (("flax",), "what a compiled call is looked up by, hashed once"),

@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...]]]:
 
 def generated(**options: Any) -> np.ndarray:
     model = TFOPTForCausalLM.from_pretrained("opt-tiny", dtype="float32")
-    return model.generate(np.array([[2, 100, 101, 102]]), do_sample=False, **options).numpy()
+    return np.asarray(model.generate(np.array([[2, 100, 101, 102]]), do_sample=False, **options))
 
 
 @pytest.mark.skipif(library() is None, reason="built without a C compiler, or switched off")
