@@ -10,7 +10,6 @@ from opt_common.native import MAX_ROWS, Kind, library
 
 _LIBRARY = library()
 PRODUCT = None if _LIBRARY is None else _LIBRARY.opt_product
-HAS_INT4 = _LIBRARY is not None and bool(_LIBRARY.opt_int4_works())
 ATTENTION = None if _LIBRARY is None else _LIBRARY.opt_attention
 
 
@@ -35,7 +34,7 @@ SUITING = {
     torch.float32: (torch.float32,),
     torch.bfloat16: (torch.bfloat16,),
     torch.int8: _EITHER,
-    torch.uint8: _EITHER if HAS_INT4 else (),
+    torch.uint8: _EITHER,
 }
 """The dtypes of inputs that a product takes, by the dtype of the matrix."""
 

@@ -197,7 +197,7 @@ class Int4Linear(nn.Module):
 
 
 class KernelInt4Linear(Int4Linear):
-    """The same by PyTorch's own kernel, in whose order its parts are, where the library in C can't multiply."""
+    """The same by PyTorch's own kernel, in whose order its parts are, where there is no library in C."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs (…, D) to outputs (…, F)."""
@@ -228,8 +228,8 @@ class KernelInt4Linear(Int4Linear):
         """Make room for a matrix."""
         if torch.device(device).type != "cpu":
             raise CheckpointError(
-                'quantization="int4" computes on the CPU alone with a processor such as this. Use "int8-dynamic", or '
-                'device="cpu".'
+                'quantization="int4" computes on a CPU alone where the package has no library in C. Use "int8-dynamic", '
+                'or device="cpu".'
             )
         super().start(rows, columns, device)
         if rows % KERNEL_WIDTH:
@@ -295,8 +295,8 @@ class Int8Embedding(nn.Module):
 
 
 def int4_linear(in_features: int, out_features: int, **options: Any) -> Int4Linear:
-    """A linear layer with 4-bit weights, of the kind that is fast on this machine."""
-    return (Int4Linear if native.HAS_INT4 else KernelInt4Linear)(in_features, out_features, **options)
+    """A linear layer with 4-bit weights, of the kind that is fast here."""
+    return (KernelInt4Linear if native.PRODUCT is None else Int4Linear)(in_features, out_features, **options)
 
 
 def blocks(rows: int, step: int) -> Iterator[slice]:

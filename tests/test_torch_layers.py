@@ -91,7 +91,7 @@ def test_matrices_of_few_bits_are_one_product(quantization, dtype, monkeypatch):
     stored = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         together = model(IDS[:, :1]).logits
-        assert are_together(model) == (quantization != "int4" or native.HAS_INT4)
+        assert are_together(model) == (quantization != "int4" or native.PRODUCT is not None)
         if native.PRODUCT is not None and are_together(model):
             assert rows.count(3 * model.config.hidden_size) == len(layers)
         apart_logits = apart(model)(IDS[:, :1]).logits

@@ -20,7 +20,7 @@ from pathlib import Path
 MAX_ROWS = 16
 """Rows of inputs that a product is made for: of more, so many at a time. The numbers here are those of `products.h`."""
 
-VERSION = 2
+VERSION = 3
 """The library's functions as this file knows them. One that was built for another version is not used."""
 
 

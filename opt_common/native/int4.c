@@ -1,4 +1,4 @@
-/* Products with 4-bit integers, two to a byte: each group of 32 in a row has a scale and an offset.
+/* Products with 4-bit integers, two to a byte, for processors that multiply bfloat16.
 
    Sixty-four integers are read at a time. A table turns them into bfloat16, which has them exactly, and one instruction
    multiplies 32 of those by inputs and adds them up in pairs (AVX512-BF16). Inputs are rounded to bfloat16. */
@@ -11,7 +11,6 @@
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,prefer-vector-width=512")
 
-#define GROUP 32
 #define BLOCK 64
 #define STRETCH 512
 #define UNROLLED _Pragma("GCC unroll 16")

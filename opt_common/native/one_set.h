@@ -1,46 +1,57 @@
 /* Products of a few rows of inputs with a matrix, for one instruction set.
 
-   products.c includes this file once for each set, with NAME() telling the functions of one from those of another and
-   WIDE_INTEGERS set where there is an instruction for sums of four 8-bit products (VNNI).
+   products.c includes this file once for each SET, with LANES numbers in its vectors and NAME() telling the functions of
+   one from those of another. AVX512 has an instruction for sums of four 8-bit products (VNNI).
 
    Inputs are float32, (M, D). A matrix is read once, from memory, whatever M is: that is all the time there is to save.
 */
 
-/* Sixteen numbers. The compiler makes of them as many instructions as the set needs. */
+/* A vector of numbers. The compiler makes of it as many instructions as the set needs. */
+typedef float NAME(vector) __attribute__((vector_size(LANES * sizeof(float))));
+#define vector NAME(vector)
 
-static inline floats NAME(load_float32)(const float *from) {
-    floats values;
+/* Rows of inputs that are multiplied at a time: with those of the matrix they fill the registers, and don't overflow them. */
+#if SET == AVX512
+#define ROWS 4
+#define IF_ROWS_4(...) __VA_ARGS__
+#else
+#define ROWS 2
+#define IF_ROWS_4(...)
+#endif
+
+static inline vector NAME(load_float32)(const float *from) {
+    vector values;
     memcpy(&values, from, sizeof values);
     return values;
 }
 
-static inline floats NAME(load_bfloat16)(const uint16_t *from) {
-#if WIDE_INTEGERS
+static inline vector NAME(load_bfloat16)(const uint16_t *from) {
+#if SET == AVX512
     __m512i bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
-    return (floats)_mm512_castsi512_ps(bits);
+    return (vector)_mm512_castsi512_ps(bits);
 #else
     uint32_t bits[LANES];
-    floats values;
+    vector values;
     for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)from[i] << 16;
     memcpy(&values, bits, sizeof values);
     return values;
 #endif
 }
 
-static inline floats NAME(load_int8)(const int8_t *from) {
-#if WIDE_INTEGERS
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+static inline vector NAME(load_int8)(const int8_t *from) {
+#if SET == AVX512
+    return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
 #else
     float copy[LANES];
-    floats values;
+    vector values;
     for (int i = 0; i < LANES; i++) copy[i] = from[i];
     memcpy(&values, copy, sizeof values);
     return values;
 #endif
 }
 
-static inline float NAME(sum)(floats values) {
-#if WIDE_INTEGERS
+static inline float NAME(sum)(vector values) {
+#if SET == AVX512
     return _mm512_reduce_add_ps((__m512)values);
 #else
     float parts[LANES];
@@ -51,7 +62,7 @@ static inline float NAME(sum)(floats values) {
 #endif
 }
 
-#if WIDE_INTEGERS
+#if SET == AVX512
 /* The sum of each of sixteen vectors: two become one that holds half as many parts of each, four times. */
 #define SUMS_OF_SIXTEEN(suffix, type, add)                                                                             \
     static inline type NAME(sums_of_sixteen_##suffix)(const type *all) {                                               \
@@ -78,9 +89,9 @@ SUMS_OF_SIXTEEN(int32, __m512i, _mm512_add_epi32)
 #endif
 
 /* The sum of each of `count` vectors. */
-static inline void NAME(sum_each)(const floats *totals, int count, float *sums) {
-#if WIDE_INTEGERS
-    if (count == 16) {
+static inline void NAME(sum_each)(const vector *totals, int count, float *sums) {
+#if SET == AVX512
+    if (count == LANES) {
         _mm512_storeu_ps(sums, NAME(sums_of_sixteen_float32)((const __m512 *)totals));
         return;
     }
@@ -92,22 +103,24 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
 #define DOTS(suffix, type, M, R)                                                                                       \
     static ALONE void NAME(dots_##suffix##_##M##_##R)(const float *inputs, const type *rows, size_t apart, size_t D,   \
                                                       float *sums) {                                                   \
-        floats totals[M * R];                                                                                          \
+        vector totals[M * R];                                                                                          \
         UNROLLED                                                                                                       \
-        for (int i = 0; i < M * R; i++) totals[i] = (floats){0};                                                       \
+        for (int i = 0; i < M * R; i++) totals[i] = (vector){0};                                                       \
         size_t k = 0;                                                                                                  \
-        for (; k + LANES <= D; k += LANES) {                                                                           \
-            floats weights[R];                                                                                         \
+        for (; k + LINE <= D; k += LINE) {                                                                             \
             UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++) {                                                                              \
-                weights[r] = NAME(load_##suffix)(rows + r * apart + k);                                                \
-                FETCH(rows + r * apart + k + D);                                                                       \
-            }                                                                                                          \
+            for (int r = 0; r < R; r++) FETCH(rows + r * apart + k + D);                                               \
             UNROLLED                                                                                                   \
-            for (int m = 0; m < M; m++) {                                                                              \
-                floats values = NAME(load_float32)(inputs + m * D + k);                                                \
+            for (size_t i = k; i < k + LINE; i += LANES) {                                                             \
+                vector weights[R];                                                                                     \
                 UNROLLED                                                                                               \
-                for (int r = 0; r < R; r++) totals[m * R + r] += values * weights[r];                                  \
+                for (int r = 0; r < R; r++) weights[r] = NAME(load_##suffix)(rows + r * apart + i);                    \
+                UNROLLED                                                                                               \
+                for (int m = 0; m < M; m++) {                                                                          \
+                    vector values = NAME(load_float32)(inputs + m * D + i);                                            \
+                    UNROLLED                                                                                           \
+                    for (int r = 0; r < R; r++) totals[m * R + r] += values * weights[r];                              \
+                }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
         NAME(sum_each)(totals, M * R, sums);                                                                           \
@@ -121,15 +134,15 @@ static inline void NAME(sum_each)(const floats *totals, int count, float *sums) 
 #define DOTS_OF_ALL(suffix, type, R)                                                                                   \
     DOTS(suffix, type, 1, R)                                                                                           \
     DOTS(suffix, type, 2, R)                                                                                           \
-    DOTS(suffix, type, 4, R)                                                                                           \
+    IF_ROWS_4(DOTS(suffix, type, 4, R))                                                                                \
     static inline void NAME(dots_##suffix##_##R)(const struct product *p, size_t row, size_t apart) {                  \
         const type *rows = (const type *)p->matrix + row * p->D;                                                       \
         size_t D = p->D, m = 0;                                                                                        \
-        float sums[4 * R];                                                                                             \
+        float sums[ROWS * R];                                                                                          \
         while (m < p->M) {                                                                                             \
-            size_t count = p->M - m >= 4 ? 4 : p->M - m >= 2 ? 2 : 1;                                                  \
+            size_t count = p->M - m >= ROWS ? ROWS : p->M - m >= 2 ? 2 : 1;                                            \
             const float *inputs = p->floats + m * D;                                                                   \
-            if (count == 4) NAME(dots_##suffix##_4_##R)(inputs, rows, apart * D, D, sums);                             \
+            IF_ROWS_4(if (count == 4) NAME(dots_##suffix##_4_##R)(inputs, rows, apart * D, D, sums);)                  \
             if (count == 2) NAME(dots_##suffix##_2_##R)(inputs, rows, apart * D, D, sums);                             \
             if (count == 1) NAME(dots_##suffix##_1_##R)(inputs, rows, apart * D, D, sums);                             \
             for (size_t i = 0; i < count; i++, m++)                                                                    \
@@ -149,7 +162,7 @@ DOTS_OF_ALL(int8, int8_t, 4)
 DOTS_OF_ALL(int8, int8_t, 1)
 
 /* Sums of products of integers from -127 to 127, X rows with R, like `DOTS`. The inputs have 128 added to them. */
-#if WIDE_INTEGERS
+#if SET == AVX512
 static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
     return _mm512_maskz_loadu_epi8(inside, from);
 }
@@ -197,6 +210,43 @@ static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
             sums[i] += _mm512_reduce_add_epi32(rest);                                                                  \
         }                                                                                                              \
     }
+#elif SET == AVX2
+static inline int32_t NAME(sum_int32)(__m256i values) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(values), _mm256_extracti128_si256(values, 1));
+    __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+/* Sixteen at a time, as 16-bit integers, whose products are added up in pairs. */
+#define INTEGER_DOTS(X, R)                                                                                             \
+    static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
+                                                   int32_t *sums) {                                                    \
+        const __m256i all_128 = _mm256_set1_epi16(128);                                                                \
+        __m256i totals[X * R];                                                                                         \
+        UNROLLED                                                                                                       \
+        for (int i = 0; i < X * R; i++) totals[i] = _mm256_setzero_si256();                                            \
+        size_t k = 0;                                                                                                  \
+        for (; k + 16 <= D; k += 16) {                                                                                 \
+            __m256i weights[R];                                                                                        \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++) {                                                                              \
+                weights[r] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(rows + r * apart + k)));           \
+                FETCH(rows + r * apart + k + D);                                                                       \
+            }                                                                                                          \
+            UNROLLED                                                                                                   \
+            for (int x = 0; x < X; x++) {                                                                              \
+                __m256i values = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(inputs + x * D + k)));         \
+                values = _mm256_sub_epi16(values, all_128);                                                            \
+                UNROLLED                                                                                               \
+                for (int r = 0; r < R; r++)                                                                            \
+                    totals[x * R + r] = _mm256_add_epi32(totals[x * R + r], _mm256_madd_epi16(values, weights[r]));    \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int i = 0; i < X * R; i++) {                                                                              \
+            sums[i] = NAME(sum_int32)(totals[i]);                                                                      \
+            for (size_t rest = k; rest < D; rest++)                                                                    \
+                sums[i] += (inputs[i / R * D + rest] - 128) * rows[i % R * apart + rest];                              \
+        }                                                                                                              \
+    }
 #else
 #define INTEGER_DOTS(X, R)                                                                                             \
     static ALONE void NAME(integer_dots_##X##_##R)(const uint8_t *inputs, const int8_t *rows, size_t apart, size_t D,  \
@@ -216,17 +266,15 @@ static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
 #define INTEGER_DOTS_OF_ALL(R)                                                                                         \
     INTEGER_DOTS(1, R)                                                                                                 \
     INTEGER_DOTS(2, R)                                                                                                 \
-    INTEGER_DOTS(4, R)                                                                                                 \
+    IF_ROWS_4(INTEGER_DOTS(4, R))                                                                                      \
     static inline void NAME(dots_int8_dynamic_##R)(const struct product *p, size_t row, size_t apart) {                \
         const int8_t *rows = (const int8_t *)p->matrix + row * p->D;                                                   \
         size_t D = p->D, X = p->has_large ? 2 * p->M : p->M, x = 0;                                                    \
         int32_t sums[2 * MAX_ROWS * R];                                                                                \
-        for (; x + 4 <= X; x += 4)                                                                                     \
-            NAME(integer_dots_4_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                           \
-        if (x + 2 <= X) {                                                                                              \
+        IF_ROWS_4(for (; x + 4 <= X; x += 4)                                                                           \
+                      NAME(integer_dots_4_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);)                \
+        for (; x + 2 <= X; x += 2)                                                                                     \
             NAME(integer_dots_2_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                           \
-            x += 2;                                                                                                    \
-        }                                                                                                              \
         if (x < X) NAME(integer_dots_1_##R)(p->integers + x * D, rows, apart * D, D, sums + x * R);                    \
         for (size_t m = 0; m < p->M; m++)                                                                              \
             for (size_t r = 0; r < R; r++) {                                                                           \
@@ -320,7 +368,58 @@ ALL_ROWS(bfloat16)
 ALL_ROWS(int8)
 ALL_ROWS(int8_dynamic)
 
-/* Rows of a matrix that is (D, F), times their inputs, added up: COUNT rows, `apart` apart, from row k on. Of each sixteen
+/* Inputs rounded to bfloat16, (M, D), in stretches: of each stretch all rows, and of each group the numbers at even places
+   before those at odd ones, as the integers are in two halves of a byte. */
+static void NAME(order_inputs)(const struct product *p, float *ordered) {
+    for (size_t start = 0; start < p->D; start += STRETCH)
+        for (size_t m = 0; m < p->M; m++) {
+            const float *values = p->floats + m * p->D;
+            size_t end = start + STRETCH < p->D ? start + STRETCH : p->D;
+            for (size_t k = start; k < end; k += GROUP, ordered += GROUP)
+                for (size_t i = 0; i < GROUP / 2; i++) {
+                    ordered[i] = float_of(bfloat16_of(values[k + 2 * i]));
+                    ordered[GROUP / 2 + i] = float_of(bfloat16_of(values[k + 2 * i + 1]));
+                }
+        }
+}
+
+/* What 4-bit integers stand for, in the same order. */
+static inline void NAME(expand)(const uint8_t *codes, const uint16_t *groups, size_t count, float *numbers) {
+    for (size_t k = 0; k < count; k += GROUP, codes += GROUP / 2, groups += 2, numbers += GROUP) {
+        FETCH(codes + 512);
+        float scale = float_of(groups[0]), offset = float_of(groups[1]) - 8 * scale;
+        for (int i = 0; i < GROUP / 2; i++) numbers[i] = (float)(codes[i] & 15) * scale + offset;
+        for (int i = 0; i < GROUP / 2; i++) numbers[GROUP / 2 + i] = (float)(codes[i] >> 4) * scale + offset;
+    }
+}
+
+/* Rows of 4-bit integers become numbers, a stretch at a time, and those are multiplied. */
+#define INT4_DOTS(R)                                                                                                   \
+    static void NAME(dots_int4_##R)(const struct product *p, size_t row, size_t apart) {                               \
+        float numbers[R * STRETCH], sums[MAX_ROWS * R];                                                                \
+        struct product part = {.M = p->M, .F = R, .matrix = numbers, .sums = sums};                                    \
+        for (size_t m = 0; m < p->M; m++)                                                                              \
+            for (size_t r = 0; r < R; r++) p->sums[m * p->F + row + r * apart] = 0;                                    \
+        for (size_t start = 0; start < p->D; start += STRETCH) {                                                       \
+            part.D = p->D - start < STRETCH ? p->D - start : STRETCH;                                                  \
+            part.floats = p->floats + start * p->M;                                                                    \
+            for (size_t r = 0; r < R; r++) {                                                                           \
+                size_t at = (row + r * apart) * p->D + start;                                                          \
+                const uint8_t *codes = (const uint8_t *)p->matrix + at / 2;                                            \
+                NAME(expand)(codes, p->groups + at / GROUP * 2, part.D, numbers + r * part.D);                         \
+            }                                                                                                          \
+            NAME(dots_float32_##R)(&part, 0, 1);                                                                       \
+            for (size_t m = 0; m < p->M; m++)                                                                          \
+                for (size_t r = 0; r < R; r++) p->sums[m * p->F + row + r * apart] += sums[m * R + r];                 \
+        }                                                                                                              \
+    }
+
+INT4_DOTS(4)
+INT4_DOTS(1)
+
+ALL_ROWS(int4)
+
+/* Rows of a matrix that is (D, F), times their inputs, added up: COUNT rows, `apart` apart, from row k on. Of each vector of
    columns the sums of all rows of inputs lie together. */
 #define ADD_ROWS(suffix, type, COUNT)                                                                                  \
     static ALONE void NAME(add_##suffix##_##COUNT)(const struct product *p, float *sums, size_t k, size_t apart) {     \
@@ -328,11 +427,11 @@ ALL_ROWS(int8_dynamic)
         const float *inputs = p->floats + k;                                                                           \
         size_t f = 0, F = p->F, D = p->D, M = p->M;                                                                    \
         for (; f + LANES <= F; f += LANES) {                                                                           \
-            floats weights[COUNT];                                                                                     \
+            vector weights[COUNT];                                                                                     \
             UNROLLED                                                                                                   \
             for (int i = 0; i < COUNT; i++) weights[i] = NAME(load_##suffix)(rows + i * apart * F + f);                \
             for (size_t m = 0; m < M; m++, sums += LANES) {                                                            \
-                floats total = NAME(load_float32)(sums);                                                               \
+                vector total = NAME(load_float32)(sums);                                                               \
                 UNROLLED                                                                                               \
                 for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * D + i * apart];                       \
                 memcpy(sums, &total, sizeof total);                                                                    \
@@ -351,7 +450,7 @@ ALL_ROWS(int8_dynamic)
     ADD_ROWS(suffix, type, 1)                                                                                          \
     static void NAME(suffix##_columns)(const struct product *p, float *sums, size_t first, size_t last) {              \
         size_t eighth = (last - first) / 8;                                                                            \
-        memset(sums, 0, p->M * ((p->F + LANES - 1) / LANES * LANES) * sizeof(float));                                  \
+        memset(sums, 0, p->M * ((p->F + LINE - 1) / LINE * LINE) * sizeof(float));                                    \
         for (size_t k = first; k < first + eighth; k++) NAME(add_##suffix##_8)(p, sums, k, eighth);                    \
         for (size_t k = first + 8 * eighth; k < last; k++) NAME(add_##suffix##_1)(p, sums, k, 0);                      \
     }
@@ -404,7 +503,7 @@ static void NAME(weigh)(const struct attention *a, size_t b, size_t first, size_
         for (size_t s = 0; s < S; s++)                                                                                 \
             for (size_t n = 0; n < N; n++) {                                                                           \
                 const type *key = keys + s * D + n * H;                                                                \
-                floats total = {0};                                                                                    \
+                vector total = {0};                                                                                    \
                 size_t h = 0;                                                                                          \
                 for (; h + LANES <= H; h += LANES)                                                                     \
                     total += NAME(load_float32)(queries + n * H + h) * NAME(load_##suffix)(key + h);                   \
@@ -421,7 +520,7 @@ static void NAME(weigh)(const struct attention *a, size_t b, size_t first, size_
                 float weight = scores[n * S + s], *to = contexts + n * H;                                              \
                 size_t h = 0;                                                                                          \
                 for (; h + LANES <= H; h += LANES) {                                                                   \
-                    floats sum = NAME(load_float32)(to + h) + weight * NAME(load_##suffix)(value + h);                 \
+                    vector sum = NAME(load_float32)(to + h) + weight * NAME(load_##suffix)(value + h);                 \
                     memcpy(to + h, &sum, sizeof sum);                                                                  \
                 }                                                                                                      \
                 for (; h < H; h++) to[h] += weight * ONE_##suffix(value[h]);                                           \
@@ -455,7 +554,9 @@ static void NAME(merge_shares)(const struct attention *a, const struct share *sh
 }
 
 static const struct set NAME(set) = {
+    .lanes = LANES,
     .round_inputs = NAME(round_inputs),
+    .order_inputs = NAME(order_inputs),
     .finish = NAME(finish),
     .attend_slots = {[FLOAT32] = NAME(attend_slots_float32), [BFLOAT16] = NAME(attend_slots_bfloat16)},
     .merge_shares = NAME(merge_shares),
@@ -465,6 +566,7 @@ static const struct set NAME(set) = {
             [BFLOAT16_ROWS] = NAME(bfloat16_rows),
             [INT8_ROWS] = NAME(int8_rows),
             [INT8_DYNAMIC_ROWS] = NAME(int8_dynamic_rows),
+            [INT4_ROWS] = NAME(int4_rows),
         },
     .columns =
         {
@@ -473,10 +575,14 @@ static const struct set NAME(set) = {
         },
 };
 
+#undef vector
+#undef ROWS
+#undef IF_ROWS_4
 #undef DOTS
 #undef DOTS_OF_ALL
 #undef INTEGER_DOTS
 #undef INTEGER_DOTS_OF_ALL
+#undef INT4_DOTS
 #undef ALL_ROWS
 #undef ADD_ROWS
 #undef ALL_COLUMNS

@@ -31,7 +31,7 @@ struct product {
     const uint8_t *integers; /* rounded inputs with 128 added, (M, D), and the large ones likewise behind them */
     const float *steps;      /* what they are multiplied by */
     int has_large;
-    const struct int4_block *blocks; /* inputs as INT4_ROWS wants them, (M, D / 64, rounded up) */
+    const struct int4_block *blocks; /* inputs as opt_int4_rows wants them, (M, D / 64, rounded up), or NULL */
     const float *group_sums;         /* sums of 32 of those, (M, SUMS_APART(D)) */
     float *sums; /* (M, F), where outputs are float32 these */
     const void *bias;
@@ -39,6 +39,9 @@ struct product {
     void *outputs;
     int output_type;
 };
+
+/* 4-bit integers of a row with a scale and an offset of their own. */
+#define GROUP 32
 
 /* Sixty-four inputs: those at even places and those at odd ones in bfloat16. */
 struct int4_block {
@@ -48,7 +51,8 @@ struct int4_block {
 /* Numbers from one row's sums of groups to the next: a whole count of sixteen. */
 #define SUMS_APART(D) (((D) + 511) / 512 * 16)
 
-/* The product with 4-bit integers, for processors that `opt_int4_works` says have the instructions. */
+/* The product with 4-bit integers, and whether the processor has the instructions for it. */
+int opt_int4_works(void);
 void opt_int4_inputs(const struct product *, struct int4_block *, float *group_sums);
 void opt_int4_rows(const struct product *, size_t first, size_t last);
 

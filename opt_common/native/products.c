@@ -13,7 +13,12 @@
 #include "product.h"
 #include "threads.h"
 
-#define LANES 16
+/* The numbers of a line of the cache. */
+#define LINE 16
+
+/* 4-bit integers that become numbers at a time. */
+#define STRETCH 1024
+
 /* Not merged into what calls it, where the compiler would run out of registers. */
 #define ALONE __attribute__((noinline))
 
@@ -23,8 +28,6 @@
 
 /* A loop with so few turns that each has its own registers. */
 #define UNROLLED _Pragma("GCC unroll 16")
-
-typedef float floats __attribute__((vector_size(LANES * sizeof(float))));
 
 struct attention {
     size_t batch, heads, head_dim, capacity, slots;
@@ -44,7 +47,9 @@ struct share {
 
 /* What is compiled for one instruction set. */
 struct set {
+    size_t lanes; /* numbers in a vector */
     int (*round_inputs)(const struct product *, float *rest, uint8_t *integers, float *steps);
+    void (*order_inputs)(const struct product *, float *ordered);
     void (*finish)(const struct product *, size_t first, size_t last);
     /* By the type of the buffers. */
     void (*attend_slots[2])(const struct attention *, size_t b, size_t first, size_t last, float *scores,
@@ -54,10 +59,15 @@ struct set {
     void (*columns[KINDS])(const struct product *, float *to, size_t first, size_t last);
 };
 
-#define WIDE_INTEGERS 0
+#define AVX2 1
+#define AVX512 2
+
+#define SET 0
+#define LANES 8
 #define NAME(name) plain_##name
 #include "one_set.h"
 #undef NAME
+#undef SET
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define HAS_SETS
@@ -65,20 +75,26 @@ struct set {
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define SET AVX2
 #define NAME(name) avx2_##name
 #include "one_set.h"
 #undef NAME
+#undef SET
 #pragma GCC pop_options
 
-#undef WIDE_INTEGERS
-#define WIDE_INTEGERS 1
+#undef LANES
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
+#define SET AVX512
+#define LANES 16
 #define NAME(name) avx512_##name
 #include "one_set.h"
 #undef NAME
+#undef SET
 #pragma GCC pop_options
 #endif
+
+#undef LANES
 
 /* The best set to use: 0 plain, 1 AVX2, 2 AVX-512. */
 static int most = 2;
@@ -104,10 +120,10 @@ struct job {
 
 static void run_rows(void *argument, int index, int count) {
     const struct job *job = argument;
-    size_t F = job->product.F, blocks = (F + LANES - 1) / LANES;
-    size_t first = blocks * index / count * LANES, last = blocks * (index + 1) / count * LANES;
+    size_t F = job->product.F, lines = (F + LINE - 1) / LINE;
+    size_t first = lines * index / count * LINE, last = lines * (index + 1) / count * LINE;
     if (last > F) last = F;
-    if (job->kind != INT4_ROWS) {
+    if (!job->product.blocks) {
         job->set->rows[job->kind](&job->product, first, last);
     } else {
         opt_int4_rows(&job->product, first, last);
@@ -119,7 +135,7 @@ static void run_rows(void *argument, int index, int count) {
 static void run_columns(void *argument, int index, int count) {
     const struct job *job = argument;
     const struct product *p = &job->product;
-    size_t width = (p->F + LANES - 1) / LANES * LANES;
+    size_t width = (p->F + LINE - 1) / LINE * LINE;
     job->set->columns[job->kind](p, p->sums + index * p->M * width, p->D * index / count, p->D * (index + 1) / count);
 }
 
@@ -134,15 +150,15 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         .groups = kind == INT4_ROWS ? scales : NULL, .bias = bias, .bias_type = bias_type, .outputs = outputs,
         .output_type = output_type,
     };
-    int dynamic = kind == INT8_DYNAMIC_ROWS;
-    size_t blocks = kind == INT4_ROWS ? M * ((D + 63) / 64) : 0;
-    size_t group_sums = kind == INT4_ROWS ? M * SUMS_APART(D) : 0;
+    int dynamic = kind == INT8_DYNAMIC_ROWS, int4 = kind == INT4_ROWS, by_blocks = int4 && most >= 2 && opt_int4_works();
+    size_t blocks = by_blocks ? M * ((D + 63) / 64) : 0;
+    size_t own = by_blocks ? M * SUMS_APART(D) : int4 ? M * D : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
     int by_columns = job.set->columns[kind] != NULL;
-    size_t width = (F + LANES - 1) / LANES * LANES;
+    size_t lanes = job.set->lanes, width = (F + LINE - 1) / LINE * LINE;
     size_t summed = by_columns ? threads * M * width + (output_type == BFLOAT16 ? M * F : 0) : output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
-    float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + group_sums + dynamic * (D + 2 * M)) * sizeof(float) +
+    float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + own + dynamic * (D + 2 * M)) * sizeof(float) +
                           dynamic * 2 * M * D + 1);
     if (!space) return -1;
     struct int4_block *int4_blocks = (struct int4_block *)space;
@@ -157,11 +173,13 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         p->integers = integers;
         p->steps = steps;
     }
-    if (kind == INT4_ROWS) {
-        float *own_sums = sums + summed;
-        opt_int4_inputs(p, int4_blocks, own_sums);
+    if (by_blocks) {
+        opt_int4_inputs(p, int4_blocks, sums + summed);
         p->blocks = int4_blocks;
-        p->group_sums = own_sums;
+        p->group_sums = sums + summed;
+    } else if (int4) {
+        job.set->order_inputs(p, sums + summed);
+        p->floats = sums + summed;
     }
     if (!by_columns) {
         opt_run_parts(run_rows, &job, threads, team);
@@ -169,9 +187,9 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         int count = opt_run_parts(run_columns, &job, threads, team);
         p->sums = output_type == BFLOAT16 ? sums + threads * M * width : outputs;
         for (size_t m = 0; m < M; m++)
-            for (size_t f = 0; f < F; f += LANES)
-                for (size_t lane = 0; lane < LANES && f + lane < F; lane++) {
-                    const float *own = sums + f * M + m * LANES + lane;
+            for (size_t f = 0; f < F; f += lanes)
+                for (size_t lane = 0; lane < lanes && f + lane < F; lane++) {
+                    const float *own = sums + f * M + m * lanes + lane;
                     float total = *own;
                     for (int other = 1; other < count; other++) total += own[other * M * width];
                     p->sums[m * F + f + lane] = total;
@@ -185,8 +203,12 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
 int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs, int input_type,
                 const void *matrix, const void *scales, const void *bias, int bias_type, void *outputs,
                 int output_type) {
-    if (kind < 0 || kind >= KINDS || (kind == INT4_ROWS && (D % 32 != 0 || !opt_int4_works()))) return -1;
-    threads = opt_count_of_threads(threads);
+    if (kind < 0 || kind >= KINDS || (kind == INT4_ROWS && D % GROUP != 0)) return -1;
+    static const size_t bits[KINDS] = {
+        [FLOAT32_ROWS] = 32, [BFLOAT16_ROWS] = 16, [INT8_ROWS] = 8, [INT8_DYNAMIC_ROWS] = 8, [INT4_ROWS] = 5,
+        [FLOAT32_COLUMNS] = 32, [BFLOAT16_COLUMNS] = 16,
+    };
+    threads = opt_count_of_threads(threads, D * F * bits[kind] / 8);
     for (size_t m = 0; F > 0 && m < M; m += MAX_ROWS) {
         const char *from = (const char *)inputs + m * D * (input_type == BFLOAT16 ? 2 : 4);
         char *to = (char *)outputs + m * F * (output_type == BFLOAT16 ? 2 : 4);
@@ -245,10 +267,7 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
                   const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
                   int type, const void *bias, size_t bias_row, void *keys, void *values, int buffer_type, void *outputs) {
     size_t D = heads * head_dim, slots = slot + 1;
-    /* A thread that has less than this to read is not worth waking. */
-    size_t most = batch * slots * D * (buffer_type == BFLOAT16 ? 2 : 4) / 65536 + 1;
-    threads = opt_count_of_threads(threads);
-    if ((size_t)threads > most) threads = (int)most;
+    threads = opt_count_of_threads(threads, batch * slots * D * (buffer_type == BFLOAT16 ? 2 : 4));
     size_t space_each = batch * heads * (2 + head_dim) + heads * slots;
     struct attention_job job = {.set = best_set(), .buffer_type = buffer_type, .space_each = space_each};
     float *space = malloc((batch * D + threads * job.space_each) * sizeof(float));
@@ -271,4 +290,4 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
 }
 
 /* VERSION of opt_common/native/__init__.py: what has to be another number when arguments change. */
-int opt_version(void) { return 2; }
+int opt_version(void) { return 3; }

@@ -32,14 +32,11 @@ enum { FLOAT32, BFLOAT16 };
 /* outputs (M, F) = inputs (M, D) times the transposed matrix, and bias (F,), or none where that is NULL.
 
    All are dense, in C order. Scales are float32, (F,); those of INT4_ROWS are bfloat16 with the offsets, (F, D / 32, 2).
-   `threads` work on it, 0 meaning as many as there are processors to run on; see threads.h for the team. Returns 0, or
-   -1 where there is no memory, a kind has no meaning, or the processor has no instructions for INT4_ROWS. */
+   `threads` work on it at most; see threads.h for what 0 means, and for the team. Returns 0, or
+   -1 where there is no memory, a kind has no meaning, or rows of INT4_ROWS are no whole groups. */
 int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_t F, const void *inputs, int input_type,
                 const void *matrix, const void *scales, const void *bias, int bias_type, void *outputs,
                 int output_type);
-
-/* Whether the processor has the instructions for INT4_ROWS. */
-int opt_int4_works(void);
 
 /* Use no better instructions than these, for tests: 0 plain, 1 AVX2, 2 AVX-512. */
 void opt_limit_set(int limit);

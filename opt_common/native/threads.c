@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 /* Turns of the loop in which a thread waits before it sleeps: some 50 microseconds. */
@@ -76,13 +77,18 @@ static void forget_threads(void) {
     pthread_cond_init(&alarm_clock, NULL);
 }
 
-int opt_count_of_threads(int wanted) {
+int opt_count_of_threads(int wanted, size_t bytes) {
+    const char *limit = wanted > 0 ? NULL : getenv("OMP_NUM_THREADS");
+    int count = limit ? atoi(limit) : wanted;
 #ifdef __linux__
     cpu_set_t set;
-    if (wanted <= 0 && sched_getaffinity(0, sizeof set, &set) == 0) wanted = CPU_COUNT(&set);
+    if (count <= 0 && sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
 #endif
-    if (wanted <= 0) wanted = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    return wanted < 1 ? 1 : wanted > MAX_THREADS ? MAX_THREADS : wanted;
+    if (count <= 0) count = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    count = count < 1 ? 1 : count > MAX_THREADS ? MAX_THREADS : count;
+    /* A thread that has less than this to do is not worth waking. */
+    size_t most = bytes / 65536 + 1;
+    return (size_t)count < most ? count : (int)most;
 }
 
 /* How many threads there are, of `wanted`, the caller's among them. */

@@ -3,10 +3,13 @@
 #ifndef OPT_THREADS_H
 #define OPT_THREADS_H
 
+#include <stddef.h>
+
 #define MAX_THREADS 64
 
-/* How many threads `wanted` ones are: 0 means as many as there are processors to run on. */
-int opt_count_of_threads(int wanted);
+/* How many threads are to read so many bytes: `wanted` ones at most. Where that is 0, OMP_NUM_THREADS says how many, or else
+   there are as many as processors to run on. */
+int opt_count_of_threads(int wanted, size_t bytes);
 
 /* What runs a function on each of some threads that somebody else has: OpenMP's GOMP_parallel. */
 typedef void run_team(void (*function)(void *argument), void *argument, unsigned threads, unsigned flags);
