@@ -8,6 +8,7 @@
 
 /* A vector of numbers. The compiler makes of it as many instructions as the set needs. */
 typedef float NAME(vector) __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t NAME(bits) __attribute__((vector_size(LANES * sizeof(float))));
 #define vector NAME(vector)
 
 /* Rows of inputs that are multiplied at a time: with those of the matrix they fill the registers, and don't overflow them. */
@@ -41,10 +42,31 @@ static inline vector NAME(load_bfloat16)(const uint16_t *from) {
 static inline vector NAME(load_int8)(const int8_t *from) {
 #if SET == AVX512
     return (vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif SET == AVX2
+    return (vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
 #else
     float copy[LANES];
     vector values;
     for (int i = 0; i < LANES; i++) copy[i] = from[i];
+    memcpy(&values, copy, sizeof values);
+    return values;
+#endif
+}
+
+/* The 4-bit integers in the lower halves of bytes, or the upper. */
+static inline vector NAME(load_int4)(const uint8_t *from, int upper) {
+#if SET == AVX512
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+    codes = upper ? _mm512_srli_epi32(codes, 4) : _mm512_and_si512(codes, _mm512_set1_epi32(15));
+    return (vector)_mm512_cvtepi32_ps(codes);
+#elif SET == AVX2
+    __m256i codes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+    codes = upper ? _mm256_srli_epi32(codes, 4) : _mm256_and_si256(codes, _mm256_set1_epi32(15));
+    return (vector)_mm256_cvtepi32_ps(codes);
+#else
+    float copy[LANES];
+    vector values;
+    for (int i = 0; i < LANES; i++) copy[i] = (float)(upper ? from[i] >> 4 : from[i] & 15);
     memcpy(&values, copy, sizeof values);
     return values;
 #endif
@@ -369,8 +391,10 @@ ALL_ROWS(int8)
 ALL_ROWS(int8_dynamic)
 
 /* Inputs rounded to bfloat16, (M, D), in stretches: of each stretch all rows, and of each group the numbers at even places
-   before those at odd ones, as the integers are in two halves of a byte. */
-static void NAME(order_inputs)(const struct product *p, float *ordered) {
+   before those at odd ones, as the integers are in two halves of a byte. Of one row also the sum of each group's vectors,
+   (D / GROUP, LANES). */
+static void NAME(order_inputs)(const struct product *p, float *ordered, float *group_sums) {
+    const float *single = p->M == 1 ? ordered : NULL;
     for (size_t start = 0; start < p->D; start += STRETCH)
         for (size_t m = 0; m < p->M; m++) {
             const float *values = p->floats + m * p->D;
@@ -381,21 +405,71 @@ static void NAME(order_inputs)(const struct product *p, float *ordered) {
                     ordered[GROUP / 2 + i] = float_of(bfloat16_of(values[k + 2 * i + 1]));
                 }
         }
+    for (size_t k = 0; single && k < p->D; k += GROUP, group_sums += LANES) {
+        vector sums = {0};
+        for (int i = 0; i < GROUP; i += LANES) sums += NAME(load_float32)(single + k + i);
+        memcpy(group_sums, &sums, sizeof sums);
+    }
 }
+
+/* A row of inputs with R rows of 4-bit integers, which are multiplied as they are: their scale is that of a sum. */
+#define SINGLE_INT4_DOTS(R)                                                                                            \
+    static ALONE void NAME(single_dots_int4_##R)(const struct product *p, size_t row, size_t apart) {                  \
+        size_t D = p->D;                                                                                               \
+        const uint8_t *codes = (const uint8_t *)p->matrix + row * D / 2;                                               \
+        const uint16_t *groups = p->groups + row * D / GROUP * 2;                                                      \
+        vector totals[R];                                                                                              \
+        UNROLLED                                                                                                       \
+        for (int r = 0; r < R; r++) totals[r] = (vector){0};                                                           \
+        for (size_t k = 0; k < D; k += GROUP) {                                                                        \
+            const float *inputs = p->floats + k;                                                                       \
+            vector sums = NAME(load_float32)(p->group_sums + k / GROUP * LANES);                                       \
+            UNROLLED                                                                                                   \
+            for (int r = 0; r < R; r++) {                                                                              \
+                const uint8_t *own_codes = codes + (r * apart * D + k) / 2;                                            \
+                const uint16_t *group = groups + (r * apart * D + k) / GROUP * 2;                                      \
+                NAME(bits) both = (NAME(bits)){0} + (int32_t)(group[0] | (uint32_t)group[1] << 16);                    \
+                vector scale = (vector)(both << 16), offset = (vector)(both & (int32_t)0xffff0000);                    \
+                vector own = sums * -8;                                                                                \
+                UNROLLED                                                                                               \
+                for (int upper = 0; upper < 2; upper++)                                                                \
+                    UNROLLED                                                                                           \
+                    for (int i = 0; i < GROUP / 2; i += LANES)                                                         \
+                        own += NAME(load_int4)(own_codes + i, upper) *                                                 \
+                               NAME(load_float32)(inputs + GROUP / 2 * upper + i);                                     \
+                totals[r] += offset * sums;                                                                            \
+                totals[r] += scale * own;                                                                              \
+                FETCH(own_codes + 512);                                                                                \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++) p->sums[row + r * apart] = NAME(sum)(totals[r]);                                   \
+    }
+
+SINGLE_INT4_DOTS(4)
+SINGLE_INT4_DOTS(1)
 
 /* What 4-bit integers stand for, in the same order. */
 static inline void NAME(expand)(const uint8_t *codes, const uint16_t *groups, size_t count, float *numbers) {
     for (size_t k = 0; k < count; k += GROUP, codes += GROUP / 2, groups += 2, numbers += GROUP) {
         FETCH(codes + 512);
         float scale = float_of(groups[0]), offset = float_of(groups[1]) - 8 * scale;
-        for (int i = 0; i < GROUP / 2; i++) numbers[i] = (float)(codes[i] & 15) * scale + offset;
-        for (int i = 0; i < GROUP / 2; i++) numbers[GROUP / 2 + i] = (float)(codes[i] >> 4) * scale + offset;
+        UNROLLED
+        for (int upper = 0; upper < 2; upper++)
+            UNROLLED
+            for (int i = 0; i < GROUP / 2; i += LANES) {
+                vector values = NAME(load_int4)(codes + i, upper) * scale + offset;
+                memcpy(numbers + GROUP / 2 * upper + i, &values, sizeof values);
+            }
     }
 }
 
-/* Rows of 4-bit integers become numbers, a stretch at a time, and those are multiplied. */
+/* For several rows of inputs, rows of 4-bit integers become numbers, a stretch at a time, and those are multiplied. */
 #define INT4_DOTS(R)                                                                                                   \
     static void NAME(dots_int4_##R)(const struct product *p, size_t row, size_t apart) {                               \
+        if (p->M == 1) {                                                                                               \
+            NAME(single_dots_int4_##R)(p, row, apart);                                                                 \
+            return;                                                                                                    \
+        }                                                                                                              \
         float numbers[R * STRETCH], sums[MAX_ROWS * R];                                                                \
         struct product part = {.M = p->M, .F = R, .matrix = numbers, .sums = sums};                                    \
         for (size_t m = 0; m < p->M; m++)                                                                              \
@@ -424,8 +498,11 @@ ALL_ROWS(int4)
 #define ADD_ROWS(suffix, type, COUNT)                                                                                  \
     static ALONE void NAME(add_##suffix##_##COUNT)(const struct product *p, float *sums, size_t k, size_t apart) {     \
         const type *rows = (const type *)p->matrix + k * p->F;                                                         \
-        const float *inputs = p->floats + k;                                                                           \
-        size_t f = 0, F = p->F, D = p->D, M = p->M;                                                                    \
+        size_t f = 0, F = p->F, M = p->M;                                                                              \
+        /* Side by side: columns of inputs whose rows are a power of two apart would push each other out of the cache. */\
+        float inputs[MAX_ROWS * COUNT];                                                                                \
+        for (size_t m = 0; m < M; m++)                                                                                 \
+            for (int i = 0; i < COUNT; i++) inputs[m * COUNT + i] = p->floats[m * p->D + k + i * apart];               \
         for (; f + LANES <= F; f += LANES) {                                                                           \
             vector weights[COUNT];                                                                                     \
             UNROLLED                                                                                                   \
@@ -433,7 +510,7 @@ ALL_ROWS(int4)
             for (size_t m = 0; m < M; m++, sums += LANES) {                                                            \
                 vector total = NAME(load_float32)(sums);                                                               \
                 UNROLLED                                                                                               \
-                for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * D + i * apart];                       \
+                for (int i = 0; i < COUNT; i++) total += weights[i] * inputs[m * COUNT + i];                           \
                 memcpy(sums, &total, sizeof total);                                                                    \
             }                                                                                                          \
         }                                                                                                              \
@@ -441,7 +518,7 @@ ALL_ROWS(int4)
         for (size_t m = 0; m < M; m++, sums += LANES)                                                                  \
             for (size_t lane = 0; lane < F - f; lane++)                                                                \
                 for (int i = 0; i < COUNT; i++)                                                                        \
-                    sums[lane] += ONE_##suffix(rows[i * apart * F + f + lane]) * inputs[m * D + i * apart];            \
+                    sums[lane] += ONE_##suffix(rows[i * apart * F + f + lane]) * inputs[m * COUNT + i];                \
     }
 
 /* The sums over rows `first` to `last` of the matrix. Processors fetch in advance from several places at a time. */
@@ -582,6 +659,7 @@ static const struct set NAME(set) = {
 #undef DOTS_OF_ALL
 #undef INTEGER_DOTS
 #undef INTEGER_DOTS_OF_ALL
+#undef SINGLE_INT4_DOTS
 #undef INT4_DOTS
 #undef ALL_ROWS
 #undef ADD_ROWS

@@ -32,7 +32,7 @@ struct product {
     const float *steps;      /* what they are multiplied by */
     int has_large;
     const struct int4_block *blocks; /* inputs as opt_int4_rows wants them, (M, D / 64, rounded up), or NULL */
-    const float *group_sums;         /* sums of 32 of those, (M, SUMS_APART(D)) */
+    const float *group_sums;         /* sums of 32 of those, (M, SUMS_APART(D)); or what order_inputs makes */
     float *sums; /* (M, F), where outputs are float32 these */
     const void *bias;
     int bias_type;

@@ -17,7 +17,7 @@
 #define LINE 16
 
 /* 4-bit integers that become numbers at a time. */
-#define STRETCH 1024
+#define STRETCH 512
 
 /* Not merged into what calls it, where the compiler would run out of registers. */
 #define ALONE __attribute__((noinline))
@@ -49,7 +49,7 @@ struct share {
 struct set {
     size_t lanes; /* numbers in a vector */
     int (*round_inputs)(const struct product *, float *rest, uint8_t *integers, float *steps);
-    void (*order_inputs)(const struct product *, float *ordered);
+    void (*order_inputs)(const struct product *, float *ordered, float *group_sums);
     void (*finish)(const struct product *, size_t first, size_t last);
     /* By the type of the buffers. */
     void (*attend_slots[2])(const struct attention *, size_t b, size_t first, size_t last, float *scores,
@@ -150,12 +150,13 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         .groups = kind == INT4_ROWS ? scales : NULL, .bias = bias, .bias_type = bias_type, .outputs = outputs,
         .output_type = output_type,
     };
+    size_t lanes = job.set->lanes;
     int dynamic = kind == INT8_DYNAMIC_ROWS, int4 = kind == INT4_ROWS, by_blocks = int4 && most >= 2 && opt_int4_works();
     size_t blocks = by_blocks ? M * ((D + 63) / 64) : 0;
-    size_t own = by_blocks ? M * SUMS_APART(D) : int4 ? M * D : 0;
+    size_t own = by_blocks ? M * SUMS_APART(D) : int4 ? M * D + D / GROUP * lanes : 0;
     size_t widened = input_type == BFLOAT16 ? M * D : 0;
     int by_columns = job.set->columns[kind] != NULL;
-    size_t lanes = job.set->lanes, width = (F + LINE - 1) / LINE * LINE;
+    size_t width = (F + LINE - 1) / LINE * LINE;
     size_t summed = by_columns ? threads * M * width + (output_type == BFLOAT16 ? M * F : 0) : output_type == BFLOAT16 ? M * F : 0;
     /* Numbers of four bytes before those of one. */
     float *space = malloc(blocks * sizeof(struct int4_block) + (widened + summed + own + dynamic * (D + 2 * M)) * sizeof(float) +
@@ -178,8 +179,10 @@ static int product_of_rows(int kind, int threads, run_team *team, size_t M, size
         p->blocks = int4_blocks;
         p->group_sums = sums + summed;
     } else if (int4) {
-        job.set->order_inputs(p, sums + summed);
-        p->floats = sums + summed;
+        float *ordered = sums + summed, *group_sums = ordered + M * D;
+        job.set->order_inputs(p, ordered, group_sums);
+        p->floats = ordered;
+        p->group_sums = group_sums;
     }
     if (!by_columns) {
         opt_run_parts(run_rows, &job, threads, team);
