@@ -12,6 +12,7 @@ from opt_common.config import LAYER_NORM_EPS, OPTConfig
 from opt_common.native import Kind
 from opt_common.quantization import check_quantization
 from opt_torch import native
+from opt_torch.native import onednn_product
 from opt_torch.quantized import AVAILABLE, Int4Linear, Int8Embedding, Int8Linear, int4_linear
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -25,8 +26,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# An operator without a promise: where a version of PyTorch lacks it, its own product serves.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_DTYPES = (torch.float32,) if native.HAS_BFLOAT16 else (torch.float32, torch.bfloat16)
+"""Dtypes in which oneDNN's float32 product is faster on a CPU than what PyTorch would call."""
 
 
 class Embedding(nn.Embedding):
@@ -135,12 +136,12 @@ def moved_together(parts: Sequence[Any]) -> Any:
 
 
 def suits_onednn(inputs: Tensor, weight_FD: Tensor) -> bool:
-    """Whether oneDNN is to multiply: float32 on a CPU, where PyTorch itself would call MKL, which is slower."""
+    """Whether oneDNN is to multiply in float32, on a CPU: PyTorch itself would call MKL, which is slower."""
     return (
-        HAS_ONEDNN
-        and inputs.dtype is torch.float32
+        native.HAS_ONEDNN
+        and inputs.dtype in ONEDNN_DTYPES
         and inputs.device.type == "cpu"
-        and weight_FD.dtype is torch.float32
+        and weight_FD.dtype is inputs.dtype
         and not torch.is_autocast_enabled("cpu")
         and not native.watched()
     )
@@ -178,11 +179,6 @@ class OneDNNProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             bias_slope_F = slopes_MF.sum(0)
         return input_slopes, weight_slope_FD, bias_slope_F
-
-
-def onednn_product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """Inputs (…, D) times the transposed weight, and the bias, in float32 on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight_FD, bias_F, "none", [], "")
 
 
 class Builder:

@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from opt_common.lora import check_no_adapter
 from opt_common.params import head_of, parameter_table
-from opt_torch.layers import HAS_ONEDNN, Linear, onednn_product
+from opt_torch import native
+from opt_torch.layers import Linear
 
 
 def pack(model: Any) -> None:
@@ -49,11 +50,9 @@ def pack(model: Any) -> None:
 
 def gains(weight_FD: Tensor) -> bool:
     """Whether oneDNN multiplies by such a matrix and has an order of its own for it."""
-    if not HAS_ONEDNN or weight_FD.device.type != "cpu":
+    if not native.HAS_ONEDNN or weight_FD.device.type != "cpu":
         return False
-    if weight_FD.dtype is torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight_FD.dtype is torch.float32
+    return weight_FD.dtype is torch.float32 or (weight_FD.dtype is torch.bfloat16 and native.HAS_BFLOAT16)
 
 
 class PackedLinear(nn.Module):
@@ -81,7 +80,7 @@ class PackedLinear(nn.Module):
         inputs = inputs.to(self.matrix.dtype)
         if not self.matrix.is_mkldnn or (torch.is_grad_enabled() and inputs.requires_grad):
             return functional.linear(inputs, self.weight, self.bias)
-        return onednn_product(inputs, self.matrix, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.matrix, self.bias, "none", [], "")
 
     @property
     def weight(self) -> Tensor:

@@ -86,6 +86,8 @@ class Int8Linear(nn.Module):
         kernel = inputs_MD.device.type == "cpu" and self.in_features % KERNEL_WIDTH == 0
         if not kernel or inputs_MD.requires_grad or inputs_MD.dtype == torch.float64:
             return functional.linear(inputs_MD, self.codes_FD.to(inputs_MD.dtype)) * self.scales_F
+        if len(inputs_MD) > KERNEL_ROWS and not native.HAS_BFLOAT16:
+            return native.wide_product(inputs_MD, self.codes_FD) * self.scales_F
         if len(inputs_MD) > KERNEL_ROWS:
             return functional.linear(inputs_MD.bfloat16(), self.codes_FD.bfloat16()) * self.scales_F
         # The kernel is fast on bfloat16 alone.
@@ -228,8 +230,8 @@ class KernelInt4Linear(Int4Linear):
         """Make room for a matrix."""
         if torch.device(device).type != "cpu":
             raise CheckpointError(
-                'quantization="int4" computes on a CPU alone where the package has no library in C. Use "int8-dynamic", '
-                'or device="cpu".'
+                'quantization="int4" computes on a CPU alone where there is no library in C. Use "int8-dynamic", or '
+                'device="cpu".'
             )
         super().start(rows, columns, device)
         if rows % KERNEL_WIDTH:
@@ -367,6 +369,8 @@ def round_rows(inputs_MD: Tensor) -> tuple[Tensor, Tensor]:
 def multiply_integers(rounded_MD: Tensor, codes_FD: Tensor) -> Tensor:
     """The product of integers with a transposed matrix of them, (M, F)."""
     M = len(rounded_MD)
+    if not rounded_MD.is_cuda and M > KERNEL_ROWS and not native.HAS_INT8:
+        return native.wide_product(rounded_MD, codes_FD)
     if rounded_MD.is_cuda and M < CUDA_ROWS:
         rounded_MD = functional.pad(rounded_MD, (0, 0, 0, CUDA_ROWS - M))
     products_MF = torch._int_mm(rounded_MD, codes_FD.T)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Where PyTorch's weights lie: three projections together, for one product in inference; the rest in their file."""
+"""How PyTorch multiplies, and where its weights lie: three projections together, the rest in their file."""
 
 import copy
 import shutil
@@ -15,8 +15,10 @@ if "torch" not in BACKENDS:
     pytest.skip("the PyTorch backend is not under test", allow_module_level=True)
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from opt_torch import OPTForCausalLM, native
+from opt_torch import OPTForCausalLM, layers, native, quantized
 from opt_torch.layers import Together
 
 IDS = torch.arange(4, 11)[None]
@@ -201,6 +203,8 @@ def test_loading_and_generating_imports_no_compiler():
     program = """
 import sys
 import torch
+from torch import Tensor
+from torch.nn import functional
 from opt_torch import OPTForCausalLM
 from opt_torch.packed import pack
 model = OPTForCausalLM.from_pretrained(sys.argv[1])
@@ -209,3 +213,56 @@ model.generate(torch.tensor([[4, 5]]), max_new_tokens=3)
 sys.exit("torch._dynamo" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program, str(GOLDENS / "pre_ln" / "safetensors")], check=True, cwd=ROOT)
+
+
+@pytest.mark.skipif(not native.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_bfloat16_with_and_without_instructions_for_it(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
+    """In float32 where the processor has none, forwards and backwards, and rounded once."""
+    torch.manual_seed(0)
+    dtypes = (torch.float32,) if has_bfloat16 else (torch.float32, torch.bfloat16)
+    monkeypatch.setattr(layers, "ONEDNN_DTYPES", dtypes)
+    monkeypatch.setattr(native, "HAS_BFLOAT16", has_bfloat16)
+    seen: list[Tensor] = []
+
+    def counted(*arguments: Tensor) -> Tensor:
+        seen.append(arguments[0])
+        return native.onednn_product(*arguments)
+
+    monkeypatch.setattr(layers, "onednn_product", counted)
+    layer = layers.Linear(64, 32, dtype=torch.bfloat16)
+    inputs = torch.randn(40, 64).bfloat16().requires_grad_()
+    outputs = layer(inputs)
+    outputs.float().square().sum().backward()
+    with torch.no_grad():
+        assert torch.equal(layer(inputs), outputs)
+    assert len(seen) == (0 if has_bfloat16 else 4)
+    wide = functional.linear(inputs.detach().double(), layer.weight.detach().double(), layer.bias.detach().double())
+    slopes = 2 * outputs.detach().double()
+    for found, wanted in (
+        (outputs, wide),
+        (inputs.grad, slopes @ layer.weight.detach().double()),
+        (layer.weight.grad, slopes.T @ inputs.detach().double()),
+        (layer.bias.grad, slopes.sum(0)),
+    ):
+        assert found is not None
+        assert found.dtype == torch.bfloat16
+        assert (found.detach().double() - wanted).abs().max() <= 2**-7 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_8_bits_of_a_prompt_with_and_without_instructions_for_them(
+    monkeypatch: pytest.MonkeyPatch, dynamic: bool
+) -> None:
+    layer = quantized.Int8Linear(96, 32, use_bias=False, dynamic=dynamic, device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    layer.assign_rounded(torch.randn(32, 96).numpy(), "cpu", torch.float32)
+    inputs = torch.randn(40, 96)
+    found = {}
+    for has in (False, True):
+        monkeypatch.setattr(native, "HAS_INT8", has)
+        monkeypatch.setattr(native, "HAS_BFLOAT16", has)
+        found[has] = layer(inputs)
+    wanted = inputs.double() @ layer.weight.double().T
+    assert (found[False] - wanted).abs().max() <= (2e-2 if dynamic else 1e-6) * wanted.abs().max()
+    assert (found[True] - found[False]).abs().max() <= (1e-6 if dynamic else 2**-7) * wanted.abs().max()

@@ -16,7 +16,7 @@ if "torch" not in BACKENDS:
 import torch
 
 from opt_torch import OPTForCausalLM, native
-from opt_torch.layers import HAS_ONEDNN
+from opt_torch.native import HAS_ONEDNN
 from opt_torch.packed import PackedLinear, pack
 
 if not HAS_ONEDNN:

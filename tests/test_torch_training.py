@@ -47,7 +47,7 @@ def agree(found, wanted, tolerance):
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.skipif(not layers.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not native.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
 def test_gradients_of_onednn_are_pytorch_s(monkeypatch):
     """With weights frozen too; and the operator is taken in training: three products for each of twelve layers."""
     # Few labels are a few rows, which the library would multiply.
@@ -56,10 +56,10 @@ def test_gradients_of_onednn_are_pytorch_s(monkeypatch):
     seen = calls(monkeypatch, layers, "onednn_product")
     found = gradients(model, input_ids=IDS, labels=LABELS)
     assert len(seen) == 3 * 12 + 3
-    monkeypatch.setattr(layers, "HAS_ONEDNN", False)
+    monkeypatch.setattr(native, "HAS_ONEDNN", False)
     agree(found, gradients(model, input_ids=IDS, labels=LABELS), 1e-6)
     assert len(seen) == 3 * 12 + 3
-    monkeypatch.setattr(layers, "HAS_ONEDNN", True)
+    monkeypatch.setattr(native, "HAS_ONEDNN", True)
     model.model.decoder.layers[1].fc1.requires_grad_(False)
     model.zero_grad()
     model(input_ids=IDS, labels=LABELS).loss.backward()
