@@ -115,6 +115,7 @@ SANCTIONED = {
         "Masking.padding_BS =": (BOTH, "flash_attention_2 cuts padding out instead of masking it"),
         "Masking.maybe_empty =": (BOTH, "only PyTorch's kernels differ on queries that attend to nothing"),
         "*_fused*": (("flax",), "JAX's own kernels"),
+        "*_swapped*": (("tf",), "its einsum has a slow product"),
         "*_side_by_side*": (BOTH, "XLA is slow on many small products"),
         "attend: [kv]_BSNH": (BOTH, "a static cache is attended to whole, slots without a token masked"),
         "attend: buffer_BSNH": (BOTH, "as above"),
