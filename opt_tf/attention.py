@@ -113,7 +113,7 @@ def _eager(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     T, S = tf.shape(q_BTNH)[1], tf.shape(k_BSNH)[1]
     bias_BNTS = masking.bias_BNTS if masking.bias_BNTS is not None else attention_bias(None, T, S, S - T, q_BTNH)
-    # Not by einsum, whose own product is slower than matmul's in float32, and ten times as slow in bfloat16.
+    # Not by einsum, whose own product takes ten times as long in bfloat16 where a processor has no instructions for it.
     scores_BNTS = tf.matmul(_swapped(q_BTNH), _swapped(k_BSNH), transpose_b=True)
     # Softmax sums in float32 at least, whatever the model computes in.
     at_least_float32 = tf.float64 if scores_BNTS.dtype == tf.float64 else tf.float32
