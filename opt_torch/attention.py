@@ -110,11 +110,13 @@ def attend(
     fused = implementation == "sdpa" and not need_probs and dropout == 0
     if (
         past is not None
-        and isinstance(offset, int)
+        and (isinstance(offset, int) or native.recording.tape is not None)
         and fused
         and native.suits_attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past)
     ):
-        return native.attention(q_BTNH, k_BTNH, v_BTNH, masking.bias_BNTS, past, offset), past, None
+        # It looks at no later slots: without padding, it needs no bias.
+        bias_BNTS = None if masking.padding_BS is None else masking.bias_BNTS
+        return native.attention(q_BTNH, k_BTNH, v_BTNH, bias_BNTS, past, offset), past, None
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
         # Buffers may be of more bits than what is put into them.

@@ -19,7 +19,7 @@ class KVCache:
     Attributes:
         keys: L tensors (B, S, N, H), S the capacity; slots from `length` on hold nothing.
         values: likewise.
-        length: number of tokens held; inside a step that is recorded a tensor, see `cuda_graph.py`.
+        length: number of tokens held; inside a step that is recorded a tensor, see `recorded_step.py`.
     """
 
     keys: tuple[Tensor, ...]

@@ -18,12 +18,14 @@ from opt_common.processors import program
 from opt_common.stopping import Criterion, read_stopping
 from opt_common.streaming import Streamer, new_text, new_texts, text_pieces
 from opt_common.tokenizer import OPTTokenizer
-from opt_torch import cuda_graph
+from opt_torch import recorded_step
 from opt_torch.cache import KVCache, append
 from opt_torch.contrastive import preferred, rows_of
 from opt_torch.dola import early_logits
 from opt_torch.processors import History
+from opt_torch.recorded_step import RecordedStep
 from opt_torch.selection import Step, select
+from opt_torch.tape import NotRecordedError
 
 if TYPE_CHECKING:
     from opt_torch.modeling import OPTForCausalLM
@@ -226,7 +228,8 @@ class Decoder:
         self.device = model.device
         self.arguments = [tuple(map(self.on_device, processor.arguments)) for processor in prompt.processors]
         self.guidance_scale = None if prompt.guidance is None else self.on_device(np.array(prompt.guidance.scale))
-        self.recorded: cuda_graph.RecordedStep | None = None
+        self.recorded: RecordedStep | None = None
+        self.records = True
 
     def on_device(self, array: np.ndarray | Tensor) -> Tensor:
         """An array as the processors take it."""
@@ -297,11 +300,14 @@ class Decoder:
         mask_BS = self.mask_BS if self.padded else None
         decoder = self.model.model.decoder
         if ids_BT.shape[1] == 1 and embeds_BTE is None and choice.rows_B is None and not choice.selection.layers:
-            if self.recorded is None or not self.recorded.writes_to(self.cache):
-                suits = cuda_graph.suits(decoder, self.prompt.most_tokens)
-                self.recorded = cuda_graph.RecordedStep(decoder, self.cache, mask_BS) if suits else None
-            if self.recorded is not None:
+            if self.recorded is not None and self.recorded.serves(self.cache):
                 return self.recorded(ids_BT, self.cache)
+            if self.records and recorded_step.suits(decoder, self.cache, self.prompt.most_tokens):
+                try:
+                    self.recorded = RecordedStep(decoder, self.cache, mask_BS, ids_BT)
+                    return self.recorded.outputs(self.cache)
+                except NotRecordedError:
+                    self.records = False
         return decoder(
             ids_BT,
             attention_mask=mask_BS,

@@ -2,12 +2,17 @@
 
 import ctypes
 import os
+import threading
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from opt_common.native import MAX_ROWS, Kind, library
+from opt_common.native import MAX_ROWS, Kind, Operation, Task, library
+
+if TYPE_CHECKING:
+    from opt_torch.tape import Tape
 
 _LIBRARY = library()
 PRODUCT = None if _LIBRARY is None else _LIBRARY.opt_product
@@ -29,17 +34,26 @@ def openmp() -> int | None:
 
 TEAM = openmp()
 
-_EITHER = (torch.float32, torch.bfloat16)
+EITHER = (torch.float32, torch.bfloat16)
+
+
+class Recording(threading.local):
+    """The tape that this thread records on."""
+
+    tape: "Tape | None" = None
+
+
+recording = Recording()
 
 SUITING = {
     torch.float32: (torch.float32,),
     torch.bfloat16: (torch.bfloat16,),
-    torch.int8: _EITHER,
-    torch.uint8: _EITHER,
+    torch.int8: EITHER,
+    torch.uint8: EITHER,
 }
 """The dtypes of inputs that a product takes, by the dtype of the matrix."""
 
-BIASES = _EITHER
+BIASES = EITHER
 """The dtypes of biases that a product takes."""
 
 
@@ -99,7 +113,7 @@ def watched() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > (recording.tape is not None)
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -115,18 +129,20 @@ def product(
     inputs = inputs.contiguous()
     outputs = inputs.new_empty((*inputs.shape[:-1], F))
     is_bfloat16 = inputs.dtype is torch.bfloat16
-    result = PRODUCT(
-        kind,
-        torch.get_num_threads(),
-        TEAM,
-        *(M, D, F),
+    bias = (None, False) if bias_F is None else (bias_F.data_ptr(), bias_F.dtype is torch.bfloat16)
+    arguments = (
+        *(kind, M, D, F),
         *(inputs.data_ptr(), is_bfloat16),
         *(matrix_FX.data_ptr(), None if scales is None else scales.data_ptr()),
-        *(None, False) if bias_F is None else (bias_F.data_ptr(), bias_F.dtype is torch.bfloat16),
+        *bias,
         *(outputs.data_ptr(), is_bfloat16),
     )
-    if result != 0:
+    if PRODUCT(kind, torch.get_num_threads(), TEAM, *arguments[1:]) != 0:
         raise MemoryError(f"A product of {M} rows with a matrix of {F} x {D} found no memory.")
+    if recording.tape is not None:
+        recording.tape.add_operation(
+            operation(Task.PRODUCT, *arguments), (inputs, matrix_FX, scales, bias_F), (outputs,)
+        )
     return outputs
 
 
@@ -156,23 +172,44 @@ def attention(
     v_B1NH: Tensor,
     bias_BN1S: Tensor | None,
     past: tuple[Tensor, Tensor],
-    offset: int,
+    offset: int | Tensor,
 ) -> Tensor:
-    """The context of scaled queries, (B, 1, N, H), once the keys and values are in slot `offset` of the buffers."""
+    """The context of scaled queries, (B, 1, N, H), once the keys and values are in slot `offset` of the buffers.
+
+    Only slots up to that one are looked at, also by what is recorded, where the slot is a tensor.
+    """
     assert ATTENTION is not None
     keys_BSNH, values_BSNH = past
     B, S, N, H = keys_BSNH.shape
     context_B1NH = q_B1NH.new_empty((B, 1, N, H))
-    result = ATTENTION(
-        torch.get_num_threads(),
-        TEAM,
-        *(B, N, H, S, offset),
-        *(q_B1NH.data_ptr(), q_B1NH.stride(0)),
-        *(k_B1NH.data_ptr(), v_B1NH.data_ptr(), k_B1NH.stride(0), q_B1NH.dtype is torch.bfloat16),
-        None if bias_BN1S is None else bias_BN1S.data_ptr(),
-        0 if bias_BN1S is None or len(bias_BN1S) == 1 else bias_BN1S.stride(0),
-        *(keys_BSNH.data_ptr(), values_BSNH.data_ptr(), False, context_B1NH.data_ptr()),
-    )
-    if result != 0:
-        raise MemoryError(f"Attention of {B} rows to {offset + 1} tokens found no memory.")
+    slot = offset if isinstance(offset, int) else ctypes.c_int64.from_address(offset.data_ptr()).value
+    queries = (q_B1NH.data_ptr(), q_B1NH.stride(0))
+    new = (k_B1NH.data_ptr(), v_B1NH.data_ptr(), k_B1NH.stride(0))
+    is_bfloat16 = q_B1NH.dtype is torch.bfloat16
+    bias = (None, 0)
+    if bias_BN1S is not None:
+        bias = (bias_BN1S.data_ptr(), 0 if len(bias_BN1S) == 1 else bias_BN1S.stride(0))
+    buffers = (keys_BSNH.data_ptr(), values_BSNH.data_ptr())
+    results = (*buffers, False, context_B1NH.data_ptr())
+    if ATTENTION(torch.get_num_threads(), TEAM, B, N, H, S, slot, *queries, *new, is_bfloat16, *bias, *results) != 0:
+        raise MemoryError(f"Attention of {B} rows to {slot + 1} tokens found no memory.")
+    if recording.tape is not None:
+        assert isinstance(offset, Tensor)
+        arguments = (is_bfloat16, B, N, H, S, offset, *queries, *new, *bias, *buffers, context_B1NH)
+        recording.tape.add_operation(
+            operation(Task.ATTENTION, *arguments), (q_B1NH, k_B1NH, v_B1NH, bias_BN1S, offset), (context_B1NH,), past
+        )
     return context_B1NH
+
+
+def operation(task: Task, *arguments: torch.dtype | Tensor | int | None, number: float = 0.0) -> Operation:
+    """An operation as the library takes it: tensors by where they are, nothing as 0, and EITHER by whether bfloat16."""
+    places = [
+        each.data_ptr()
+        if isinstance(each, Tensor)
+        else each is torch.bfloat16
+        if isinstance(each, torch.dtype)
+        else each
+        for each in arguments
+    ]
+    return Operation(task, tuple(int(place or 0) for place in places), number)

@@ -40,7 +40,8 @@ RENAMED = {"call": "forward", "__call__": "forward"}
 
 NOT_IN_ALL = {
     "bits_and_bytes.py": (("torch",), "bitsandbytes, which quantises base weights, is PyTorch's"),
-    "cuda_graph.py": (("torch",), "there a step is compiled as a whole"),
+    "recorded_step.py": (("torch",), "there a step is compiled as a whole"),
+    "tape.py": (("torch",), "likewise"),
     "packed.py": (("torch",), "XLA orders matrices itself"),
 }
 """Files that some package does not have: which ones do, and why."""
@@ -120,7 +121,6 @@ SANCTIONED = {
         "attend: [kv]_BSNH": (BOTH, "a static cache is attended to whole, slots without a token masked"),
         "attend: buffer_BSNH": (BOTH, "as above"),
         "attend: fused": (BOTH, "PyTorch's condition has more parts"),
-        "attend: bias_BNTS": (BOTH, "as above"),
         "attend: eager": (("flax",), "as below"),
         "*_zero_after*": (("flax",), "only JAX lets XLA write to a cache in place"),
         "attend: unfused": (("flax",), "what JAX's kernels can't compute"),

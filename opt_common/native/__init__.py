@@ -20,7 +20,7 @@ from pathlib import Path
 MAX_ROWS = 16
 """Rows of inputs that a product is made for: of more, so many at a time. The numbers here are those of `products.h`."""
 
-VERSION = 3
+VERSION = 4
 """The library's functions as this file knows them. One that was built for another version is not used."""
 
 
@@ -38,6 +38,23 @@ class Kind(enum.IntEnum):
     INT4_ROWS = 4
     FLOAT32_COLUMNS = 5
     BFLOAT16_COLUMNS = 6
+
+
+class Task(enum.IntEnum):
+    """What one operation of a step computes; `steps.h` says what its arguments are."""
+
+    PRODUCT = 0
+    ATTENTION = 1
+    LAYER_NORM = 2
+    ADD = 3
+    SCALE = 4
+    RELU = 5
+
+
+class Operation(ctypes.Structure):
+    """One operation of a step, as the library takes it."""
+
+    _fields_ = (("task", ctypes.c_int64), ("arguments", ctypes.c_int64 * 16), ("number", ctypes.c_double))
 
 
 KINDS = {
@@ -107,6 +124,7 @@ def library() -> ctypes.CDLL | None:
         *(pointer, size),
         *(pointer, pointer, flag, pointer),
     ]
+    loaded.opt_run.argtypes = [flag, pointer, pointer, size]
     loaded.opt_register_xla.argtypes = [pointer, ctypes.c_char_p, pointer]
     return loaded
 

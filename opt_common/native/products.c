@@ -293,4 +293,4 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
 }
 
 /* VERSION of opt_common/native/__init__.py: what has to be another number when arguments change. */
-int opt_version(void) { return 3; }
+int opt_version(void) { return 4; }

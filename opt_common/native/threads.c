@@ -8,6 +8,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -114,6 +115,68 @@ static int start_threads(int wanted) {
     return started;
 }
 
+/* Threads of a team that are held together for one call after another: to call a team takes microseconds each time.
+
+   A ticket has the number of the call, how many parts that has, and which of them is the next to be taken, in eight bits
+   each of the last two. Who takes one part has the call wait for it; who comes late finds none. */
+struct gang {
+    _Atomic uint64_t ticket;
+    atomic_int unfinished, is_over;
+    void (*part)(void *, int, int);
+    void *argument;
+    void (*whole)(void *);
+    void *whole_argument;
+};
+
+/* The gang that this thread leads. */
+static _Thread_local struct gang *own_gang;
+
+/* Take and do one part of the current call, if there is one left. */
+static int take_part(struct gang *gang) {
+    uint64_t ticket = atomic_load_explicit(&gang->ticket, memory_order_acquire);
+    int next = (int)(ticket & 0xff), count = (int)(ticket >> 8 & 0xff);
+    if (next >= count) return 0;
+    if (!atomic_compare_exchange_strong(&gang->ticket, &ticket, ticket + 1)) return 1;
+    gang->part(gang->argument, next, count);
+    atomic_fetch_sub_explicit(&gang->unfinished, 1, memory_order_release);
+    return 1;
+}
+
+static void run_in_gang(struct gang *gang, void (*part)(void *, int, int), void *argument, int count) {
+    gang->part = part;
+    gang->argument = argument;
+    atomic_store(&gang->unfinished, count);
+    uint64_t number = (atomic_load(&gang->ticket) >> 16) + 1;
+    atomic_store_explicit(&gang->ticket, number << 16 | (uint64_t)count << 8, memory_order_release);
+    while (take_part(gang)) continue;
+    for (int turn = 0; atomic_load_explicit(&gang->unfinished, memory_order_acquire) > 0; turn++) {
+        if (turn >= PATIENCE) sched_yield();
+        else pause_briefly();
+    }
+}
+
+static void be_in_gang(void *argument) {
+    struct gang *gang = argument;
+    if (own_gang == gang) {
+        gang->whole(gang->whole_argument);
+        atomic_store(&gang->is_over, 1);
+        return;
+    }
+    while (!atomic_load_explicit(&gang->is_over, memory_order_acquire))
+        if (!take_part(gang)) pause_briefly();
+}
+
+void opt_hold_together(void (*whole)(void *argument), void *argument, int count, run_team *team) {
+    if (!team || count == 1 || own_gang) {
+        whole(argument);
+        return;
+    }
+    struct gang gang = {.whole = whole, .whole_argument = argument};
+    own_gang = &gang;
+    team(be_in_gang, &gang, (unsigned)count, 0);
+    own_gang = NULL;
+}
+
 struct shared_work {
     void (*part)(void *, int, int);
     void *argument;
@@ -131,6 +194,10 @@ int opt_run_parts(void (*part)(void *argument, int index, int count), void *argu
     if (count == 1) {
         part(argument, 0, 1);
         return 1;
+    }
+    if (own_gang) {
+        run_in_gang(own_gang, part, argument, count);
+        return count;
     }
     if (team) {
         struct shared_work work = {part, argument, count, 0};

@@ -21,4 +21,8 @@ typedef void run_team(void (*function)(void *argument), void *argument, unsigned
    from each other: where OpenMP's are at work anyway, they are the ones to take. */
 int opt_run_parts(void (*part)(void *argument, int index, int count), void *argument, int count, run_team *team);
 
+/* Run a function that calls opt_run_parts many times, and hold the threads of a team together for it meanwhile: `count` of
+   them, the caller's among them. What has no team runs as it would by itself. */
+void opt_hold_together(void (*whole)(void *argument), void *argument, int count, run_team *team);
+
 #endif
