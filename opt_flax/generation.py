@@ -26,6 +26,7 @@ from opt_flax.contrastive import preferred, rows_of
 from opt_flax.dola import early_logits
 from opt_flax.processors import History
 from opt_flax.selection import Step, select
+from opt_flax.shared_layer import call_layer
 
 if TYPE_CHECKING:
     from opt_flax.modeling import FlaxOPTForCausalLM
@@ -367,6 +368,7 @@ def _one_step(
         past_key_values=cache,
         use_cache=True,
         output_hidden_states=bool(selection.layers),
+        call_layer=call_layer,
     )
     tokens_BS = jax.lax.dynamic_update_slice_in_dim(tokens_BS, ids_BT, cache.length, axis=1)
     if states_BS1E is not None:

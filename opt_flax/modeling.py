@@ -12,7 +12,8 @@ Names and numbers are Hugging Face's; the definition is `opt_common.reference`. 
 S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_dim, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -175,8 +176,9 @@ class FlaxOPTDecoder(nnx.Module):
         use_cache: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        call_layer: Callable[..., Any] | None = None,
     ) -> OPTModelOutput:
-        """Arguments and result are those of `FlaxOPTModel`."""
+        """Arguments and result are those of `FlaxOPTModel`; `call_layer` calls a layer in its place."""
         tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = tokens_BTE.shape[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
@@ -204,7 +206,8 @@ class FlaxOPTDecoder(nnx.Module):
             if recompute and index % self.checkpoint_every == 0:
                 new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
             else:
-                new_BTD, present, probs_BNTS = layer(hidden_BTD, masking, past, offset, output_attentions)
+                call = layer if call_layer is None else functools.partial(call_layer, layer)
+                new_BTD, present, probs_BNTS = call(hidden_BTD, masking, past, offset, output_attentions)
                 if use_cache:
                     presents.append(present)
             hidden_BTD = self.drop_layer(hidden_BTD, new_BTD)

@@ -24,6 +24,7 @@ from opt_tf.contrastive import preferred, rows_of
 from opt_tf.dola import early_logits
 from opt_tf.processors import History
 from opt_tf.selection import Step, select
+from opt_tf.shared_layer import SharedLayer
 
 if TYPE_CHECKING:
     from opt_tf.modeling import TFOPTForCausalLM
@@ -369,6 +370,7 @@ def _compiled_step(model: "TFOPTForCausalLM", xla: bool) -> Callable[..., Any]:
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=bool(selection.layers),
+            call_layer=SharedLayer(by_xla=xla),
         )
         present = outputs.past_key_values
         if states_BS1E is not None:

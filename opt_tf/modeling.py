@@ -16,8 +16,9 @@ S key length, D hidden_size, N heads, H head_dim, F ffn_dim, E word_embed_proj_d
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportOperatorIssue=false
 # pyright: reportReturnType=false, reportGeneralTypeIssues=false
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -207,8 +208,9 @@ class TFOPTDecoder(keras.layers.Layer):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         training: bool | None = None,
+        call_layer: Callable[..., Any] | None = None,
     ) -> OPTModelOutput:
-        """Arguments and result are those of `TFOPTModel`."""
+        """Arguments and result are those of `TFOPTModel`; `call_layer` calls a layer in its place."""
         tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = keras.ops.shape(tokens_BTE)[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)
@@ -234,7 +236,8 @@ class TFOPTDecoder(keras.layers.Layer):
             if recompute and index % self.checkpoint_every == 0:
                 new_BTD, probs_BNTS = run_again(layer, hidden_BTD, masking, output_attentions)
             else:
-                new_BTD, present, probs_BNTS = layer(
+                call = layer if call_layer is None else functools.partial(call_layer, layer)
+                new_BTD, present, probs_BNTS = call(
                     hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions
                 )
                 if use_cache:

@@ -119,11 +119,11 @@ def attend(
         return native.attention(q_BTNH, k_BTNH, v_BTNH, bias_BNTS, past, offset), past, None
     present = k_BSNH, v_BSNH = (k_BTNH, v_BTNH)
     if past is not None:
-        # Buffers may be of more bits than what is put into them.
-        q_BTNH = q_BTNH.to(past[0].dtype)
         present = (append(past[0], k_BTNH, offset), append(past[1], v_BTNH, offset))
-        k_BSNH, v_BSNH = present
-        if isinstance(offset, int):
+        # The first tokens need not be read out of the buffers, which may be of more bits than what is put into them.
+        if isinstance(offset, Tensor) or offset > 0:
+            q_BTNH, k_BSNH, v_BSNH = q_BTNH.to(past[0].dtype), *present
+        if isinstance(offset, int) and offset > 0:
             k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.

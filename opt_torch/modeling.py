@@ -25,6 +25,7 @@ from opt_common.inputs import check_inputs, reject_dropped
 from opt_common.outputs import GenerateOutput, OPTCausalLMOutput, OPTModelOutput
 from opt_common.params import Head
 from opt_common.tokenizer import OPTTokenizer
+from opt_torch import native
 from opt_torch.attention import DEFAULT_IMPLEMENTATION, Masking, attend, attention_bias, check_implementation
 from opt_torch.cache import KVCache
 from opt_torch.checkpoint import Pretrained
@@ -163,6 +164,7 @@ class OPTDecoder(nn.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
+        native.keep_freed_memory()
         self.config = config
         self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)

@@ -42,6 +42,7 @@ NOT_IN_ALL = {
     "bits_and_bytes.py": (("torch",), "bitsandbytes, which quantises base weights, is PyTorch's"),
     "recorded_step.py": (("torch",), "there a step is compiled as a whole"),
     "tape.py": (("torch",), "likewise"),
+    "shared_layer.py": (("tf", "flax"), "only what is traced can be traced once"),
     "packed.py": (("torch",), "XLA orders matrices itself"),
 }
 """Files that some package does not have: which ones do, and why."""
@@ -190,6 +191,8 @@ SANCTIONED = {
         "*together*": (BOTH, "see Together in layers.py"),
         "*OPTAttention._apply*": (BOTH, "as above"),
         "OPTAttention.forward: [qkv]_BTD": (BOTH, "as above"),
+        "OPTDecoder.forward(call_layer)": (BOTH, "see shared_layer.py"),
+        "OPTDecoder.forward: call": (BOTH, "likewise"),
         "OPTDecoder.forward: unused": (BOTH, "the mask is widened to the static cache"),
         "OPTDecoder.place(hidden_BTD)": (BOTH, "no device to agree with"),
         "OPTDecoder.masking: maybe_empty": (BOTH, "see attention.py"),
