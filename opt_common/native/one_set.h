@@ -121,6 +121,9 @@ static inline void NAME(sum_each)(const vector *totals, int count, float *sums) 
     for (int i = 0; i < count; i++) sums[i] = NAME(sum)(totals[i]);
 }
 
+/* From what is read of a row to what is fetched for later: the next row, or further where rows are short. */
+#define AHEAD(D, size) ((D) * (size) < 2048 ? 2048 / (size) : (D))
+
 /* Sums of products of M rows of inputs, D apart, with R rows of a matrix, `apart` apart, to sums[m * R + r]. */
 #define DOTS(suffix, type, M, R)                                                                                       \
     static ALONE void NAME(dots_##suffix##_##M##_##R)(const float *inputs, const type *rows, size_t apart, size_t D,   \
@@ -131,7 +134,7 @@ static inline void NAME(sum_each)(const vector *totals, int count, float *sums) 
         size_t k = 0;                                                                                                  \
         for (; k + LINE <= D; k += LINE) {                                                                             \
             UNROLLED                                                                                                   \
-            for (int r = 0; r < R; r++) FETCH(rows + r * apart + k + D);                                               \
+            for (int r = 0; r < R; r++) FETCH(rows + r * apart + k + AHEAD(D, sizeof *rows));                          \
             UNROLLED                                                                                                   \
             for (size_t i = k; i < k + LINE; i += LANES) {                                                             \
                 vector weights[R];                                                                                     \
@@ -205,7 +208,7 @@ static inline __m512i NAME(load_inside)(__mmask64 inside, const void *from) {
             UNROLLED                                                                                                   \
             for (int r = 0; r < R; r++) {                                                                              \
                 weights[r] = _mm512_loadu_si512(rows + r * apart + k);                                                 \
-                FETCH(rows + r * apart + k + D);                                                                       \
+                FETCH(rows + r * apart + k + AHEAD(D, sizeof *rows));                                                  \
                 ADD_DOTS(surplus[r], all_128, weights[r]);                                                             \
             }                                                                                                          \
             UNROLLED                                                                                                   \
@@ -505,6 +508,10 @@ ALL_ROWS(int4)
             for (int i = 0; i < COUNT; i++) inputs[m * COUNT + i] = p->floats[m * p->D + k + i * apart];               \
         for (; f + LANES <= F; f += LANES) {                                                                           \
             vector weights[COUNT];                                                                                     \
+            if (M > 2) {                                                                                               \
+                UNROLLED                                                                                               \
+                for (int i = 0; i < COUNT; i++) FETCH(rows + i * apart * F + f + 2048 / sizeof(type));                 \
+            }                                                                                                          \
             UNROLLED                                                                                                   \
             for (int i = 0; i < COUNT; i++) weights[i] = NAME(load_##suffix)(rows + i * apart * F + f);                \
             for (size_t m = 0; m < M; m++, sums += LANES) {                                                            \
@@ -664,6 +671,7 @@ static const struct set NAME(set) = {
 #undef ALL_ROWS
 #undef ADD_ROWS
 #undef ALL_COLUMNS
+#undef AHEAD
 #undef ATTEND_SLOTS
 #undef ONE_float32
 #undef ONE_bfloat16
