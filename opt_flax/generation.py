@@ -289,7 +289,7 @@ class Decoder:
         """Read tokens, or embeddings in their place, and select what follows the last."""
         # Buffers of another size cannot be used again for the result.
         step = _step if choice.rows_B is None or len(choice.rows_B) == len(self.mask_BS) else _resizing_step
-        rows_B = None if choice.rows_B is None else jnp.asarray(choice.rows_B, jnp.int32)
+        rows_B = None if choice.rows_B is None else np.asarray(choice.rows_B, np.int32)
         found, self.cache, self.tokens_BS, self.mask_BS, self.states_BS1E = step(
             self.structure,
             self.program,
@@ -299,7 +299,7 @@ class Decoder:
             self.tokens_BS,
             self.mask_BS,
             self.states_BS1E,
-            jnp.asarray(ids_BT, jnp.int32),
+            np.asarray(ids_BT, np.int32),
             None if embeds_BTE is None else jnp.asarray(embeds_BTE, self.model.dtype),
             rows_B,
             self.text_start,

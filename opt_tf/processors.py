@@ -284,10 +284,16 @@ PROCESSORS = {
 
 def choose(scores_BV: tf.Tensor, uniforms_B: tf.Tensor | None) -> tf.Tensor:
     """The next token of each row: the likeliest, or the one whose share of the probabilities holds a number."""
-    tokens_B = (
-        tf.argmax(scores_BV, axis=1, output_type=tf.int32) if uniforms_B is None else sample(scores_BV, uniforms_B)
-    )
+    tokens_B = likeliest(scores_BV) if uniforms_B is None else sample(scores_BV, uniforms_B)
     return tf.where(tf.reduce_max(scores_BV, axis=1) > -np.inf, tokens_B, -1)
+
+
+def likeliest(scores_BV: tf.Tensor) -> tf.Tensor:
+    """The first of the likeliest tokens of each row."""
+    # XLA's search for a place takes several times as long as those for the largest number and for the least place.
+    is_best_BV = scores_BV == tf.reduce_max(scores_BV, axis=1, keepdims=True)
+    last = vocab_size(scores_BV) - 1
+    return tf.reduce_min(tf.where(is_best_BV, tf.range(last + 1), last), axis=1)
 
 
 def sample(scores_BV: tf.Tensor, uniforms_B: tf.Tensor) -> tf.Tensor:
