@@ -2,10 +2,11 @@
 
     python -m benchmarks.generation_overhead torch --json overhead.json
 
-The bare step is the decoder, the head and the likeliest token, compiled where the framework compiles, called in a plain
-loop with nothing around it. Both read one token at the same length of text, in turns, token by token, so that a busy
-machine slows both alike. Two clocks tell the time: the one on the wall, and the processor time that the process took,
-which says more where others use the machine too. Weights are random: speed does not depend on what the numbers are.
+The bare step is the decoder, the head and the likeliest token, compiled where the framework compiles and recorded in
+PyTorch, called in a plain loop with nothing around it. Both read one token at the same length of text, in turns, token by
+token, so that a busy machine slows both alike. Two clocks tell the time: the one on the wall, and the processor time that
+the process took, which says more where others use the machine too. Weights are random: speed does not depend on what the
+numbers are.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 from opt_common import OPTConfig
 from opt_common.generation import bucket, token_steps
+from opt_common.native import decoding
 
 PROMPT = 32
 """Tokens of the prompt."""
@@ -38,17 +40,26 @@ def torch_model(config: OPTConfig) -> tuple[Any, Any, Callable[[int], Iterator[i
     import opt_torch.generation as module
     from opt_torch import OPTForCausalLM
     from opt_torch.cache import KVCache
+    from opt_torch.processors import likeliest
+    from opt_torch.recorded_step import RecordedStep
 
     model = OPTForCausalLM(config).eval()
 
     def bare(new_tokens: int) -> Iterator[int]:
         cache = KVCache.allocate(config, 1, PROMPT + new_tokens)
+        step: RecordedStep | None = None
         ids = torch.full((1, PROMPT), 5)
         while True:
             with torch.no_grad():
-                outputs = model.model.decoder(ids, past_key_values=cache, use_cache=True)
-                cache = outputs.past_key_values
-                token = int(model.logits(outputs.last_hidden_state[:, -1]).argmax(-1))
+                if ids.shape[1] > 1:
+                    outputs = model.model.decoder(ids, past_key_values=cache, use_cache=True)
+                elif step is None:
+                    step = RecordedStep(model.model.decoder, cache, None, ids)
+                    outputs = step.outputs(cache)
+                else:
+                    outputs = step(ids, cache)
+                cache: Any = outputs.past_key_values
+                token = int(likeliest(model.logits(outputs.last_hidden_state[:, -1]))[0])
             yield token
             ids = torch.tensor([[token]])
 
@@ -62,23 +73,26 @@ def tf_model(config: OPTConfig) -> tuple[Any, Any, Callable[[int], Iterator[int]
     import opt_tf.generation as module
     from opt_tf import TFOPTForCausalLM
     from opt_tf.cache import KVCache
+    from opt_tf.processors import likeliest
 
     model = TFOPTForCausalLM(config)
 
     @tf.function(jit_compile=True, autograph=False)
+    @decoding()
     def step(keys: Any, values: Any, length: Any, mask: Any, ids: Any) -> Any:
-        cache = KVCache(keys, values, length)
-        outputs = model.model.decoder(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        token = tf.argmax(model.logits(outputs.last_hidden_state[:, -1]), axis=-1, output_type=tf.int32)
-        return token, outputs.past_key_values.keys, outputs.past_key_values.values
+        given = KVCache(keys, values, length)
+        options = {"attention_mask": mask, "past_key_values": given.in_tensors(), "use_cache": True}
+        outputs = model.model.decoder(ids, **options)
+        given.assign(outputs.past_key_values)
+        return likeliest(model.logits(outputs.last_hidden_state[:, -1]))
 
     def bare(new_tokens: int) -> Iterator[int]:
         capacity = bucket(bucket(PROMPT) + new_tokens)
-        cache = KVCache.allocate(config, 1, capacity)
-        keys, values, mask = cache.keys, cache.values, tf.ones((1, capacity), tf.int32)
+        cache = KVCache.allocate(config, 1, capacity).in_variables()
+        mask = tf.ones((1, capacity), tf.int32)
         ids, length = np.full((1, PROMPT), 5, np.int32), 0
         while True:
-            token, keys, values = step(keys, values, tf.constant(length), mask, tf.constant(ids))
+            token = step(cache.keys, cache.values, tf.constant(length), mask, tf.constant(ids))
             length += ids.shape[1]
             ids = token.numpy()[:, None]
             yield int(ids[0, 0])
@@ -95,16 +109,18 @@ def flax_model(config: OPTConfig) -> tuple[Any, Any, Callable[[int], Iterator[in
     import opt_flax.generation as module
     from opt_flax import FlaxOPTForCausalLM
     from opt_flax.cache import KVCache
+    from opt_flax.processors import likeliest
 
     model = FlaxOPTForCausalLM(config, rngs=nnx.Rngs(0))
     model.eval()
     graphdef, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
 
+    @decoding()
     def one_step(leaves: Any, cache: Any, mask: Any, ids: Any) -> Any:
         model = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
         outputs = model.model.decoder(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        return model.logits(outputs.last_hidden_state[:, -1]).argmax(-1), outputs.past_key_values
+        return likeliest(model.logits(outputs.last_hidden_state[:, -1])), outputs.past_key_values
 
     step = jax.jit(one_step, donate_argnums=1)
 

@@ -125,6 +125,9 @@ def attend(
             q_BTNH, k_BSNH, v_BSNH = q_BTNH.to(past[0].dtype), *present
         if isinstance(offset, int) and offset > 0:
             k_BSNH, v_BSNH = (buffer_BSNH[:, : offset + q_BTNH.shape[1]] for buffer_BSNH in present)
+    at_first = past is None or (isinstance(offset, int) and offset == 0)
+    if fused and at_first and masking.bias_BNTS is None and native.suits_prompt(q_BTNH, k_BTNH, v_BTNH):
+        return native.prompt_attention(q_BTNH, k_BTNH, v_BTNH), present, None
     # A fused kernel's backward pass rebuilds probabilities from log-sum-exp, which rounds away the logarithm of the
     # number of keys where every score is at the masked minimum: gradients come out that many times too large.
     if need_probs or implementation == "eager" or masking.maybe_empty:

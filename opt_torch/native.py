@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _LIBRARY = library()
 PRODUCT = None if _LIBRARY is None else _LIBRARY.opt_product
 ATTENTION = None if _LIBRARY is None else _LIBRARY.opt_attention
+# In plain C, it takes longer than PyTorch's.
+PROMPT_ATTENTION = None if _LIBRARY is None or not _LIBRARY.opt_has_set() else _LIBRARY.opt_prompt_attention
 
 
 def openmp() -> int | None:
@@ -209,6 +211,41 @@ def attention(
             operation(Task.ATTENTION, *arguments), (q_B1NH, k_B1NH, v_B1NH, bias_BN1S, offset), (context_B1NH,), past
         )
     return context_B1NH
+
+
+def suits_prompt(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> bool:
+    """Whether the library is to compute attention of a prompt's tokens, each to those up to itself: see `suits`."""
+    B, T, _, H = q_BTNH.shape
+    return (
+        PROMPT_ATTENTION is not None
+        and T > 1
+        and q_BTNH.numel() > 0
+        and q_BTNH.dtype in EITHER
+        and k_BTNH.shape == v_BTNH.shape == q_BTNH.shape
+        and not (torch.is_grad_enabled() and recorded(q_BTNH, k_BTNH, v_BTNH))
+        and all(
+            type(each) is Tensor
+            and each.device.type == "cpu"
+            and each.dtype is q_BTNH.dtype
+            and each.stride()[2:] == (H, 1)
+            and (B == 1 or each.stride(0) == T * each.stride(1))
+            for each in (q_BTNH, k_BTNH, v_BTNH)
+        )
+        and not torch.is_autocast_enabled("cpu")
+        and not watched()
+    )
+
+
+def prompt_attention(q_BTNH: Tensor, k_BTNH: Tensor, v_BTNH: Tensor) -> Tensor:
+    """The context of scaled queries, (B, T, N, H), each of which attends to the tokens up to its own."""
+    assert PROMPT_ATTENTION is not None
+    B, T, N, H = q_BTNH.shape
+    context_BTNH = q_BTNH.new_empty((B, T, N, H))
+    places = [place for each in (q_BTNH, k_BTNH, v_BTNH) for place in (each.data_ptr(), each.stride(1))]
+    is_bfloat16 = q_BTNH.dtype is torch.bfloat16
+    if PROMPT_ATTENTION(torch.get_num_threads(), TEAM, B, T, N, H, *places, is_bfloat16, context_BTNH.data_ptr()) != 0:
+        raise MemoryError(f"Attention of {B} rows of {T} tokens found no memory.")
+    return context_BTNH
 
 
 def operation(task: Task, *arguments: torch.dtype | Tensor | int | None, number: float = 0.0) -> Operation:

@@ -61,6 +61,11 @@ class Tape(TorchDispatchMode):
         self.fixed = self.places(fixed)
         self.changed: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else PyTorch imports its compiler to say that this is not to be compiled, which takes a second.
+        return False
+
     def __enter__(self) -> "Tape":
         native.recording.tape = self
         return super().__enter__()

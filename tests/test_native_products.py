@@ -221,7 +221,63 @@ def test_attention(dtype: torch.dtype) -> None:
             assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
+@needs_library
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_prompt(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = library()
+    assert loaded is not None
+    monkeypatch.setattr(opt_torch.native, "PROMPT_ATTENTION", loaded.opt_prompt_attention)
+    torch.manual_seed(3)
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-8
+    for B, T, N, H in ((1, 2, 1, 8), (3, 16, 2, 20), (2, 33, 12, 64), (1, 70, 3, 7), (5, 31, 2, 80), (1, 300, 1, 128)):
+        # Parts of one product, as the model has them; scores that differ enough for some weights to be nothing.
+        q_BTNH, k_BTNH, v_BTNH = torch.randn(B, T, 3, N, H).to(dtype).unbind(2)
+        q_BTNH = (4 * H**-0.5 * q_BTNH).contiguous()
+        with torch.no_grad():
+            assert opt_torch.native.suits_prompt(q_BTNH, k_BTNH, v_BTNH)
+            found = opt_torch.native.prompt_attention(q_BTNH, k_BTNH, v_BTNH)
+        scores = torch.einsum("btnh,bsnh->bnts", q_BTNH.double(), k_BTNH.double())
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        wanted = torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), v_BTNH.double())
+        assert found.dtype is dtype
+        assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max(), (B, T, N, H)
+
+
+@needs_library
+def test_which_prompts_the_library_attends_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    if opt_torch.native.PROMPT_ATTENTION is None:
+        pytest.skip("this processor has nothing that the library is faster by")
+    calls: list[int] = []
+    real = opt_torch.native.prompt_attention
+    monkeypatch.setattr(opt_torch.native, "prompt_attention", lambda *args: calls.append(1) or real(*args))
+    model = tiny()
+    layers = model.config.num_hidden_layers
+    ids = torch.randint(4, 200, (2, 9))
+
+    def called(**options: Any) -> int:
+        calls.clear()
+        model(input_ids=ids, **options)
+        return len(calls)
+
+    with torch.no_grad():
+        assert called() == layers
+        padded = torch.ones_like(ids)
+        padded[0, 0] = 0
+        assert called(attention_mask=padded) == 0
+        assert called(output_attentions=True) == 0
+        cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
+        calls.clear()
+        model(input_ids=ids[:, 4:], past_key_values=cache)
+        assert len(calls) == 0
+    assert called() == 0  # gradients are wanted
+    calls.clear()
+    model.generate(ids, max_new_tokens=2)
+    assert len(calls) == layers
+
+
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opt_torch.native, "PROMPT_ATTENTION", None)
     monkeypatch.setattr(opt_torch.native, "PRODUCT", None)
     monkeypatch.setattr(opt_torch.native, "ATTENTION", None)
 

@@ -209,7 +209,7 @@ from opt_torch import OPTForCausalLM
 from opt_torch.packed import pack
 model = OPTForCausalLM.from_pretrained(sys.argv[1])
 pack(model)
-model.generate(torch.tensor([[4, 5]]), max_new_tokens=3)
+model.generate(torch.tensor([[4, 5]]), max_new_tokens=20)
 sys.exit("torch._dynamo" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program, str(GOLDENS / "pre_ln" / "safetensors")], check=True, cwd=ROOT)

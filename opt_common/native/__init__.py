@@ -20,7 +20,7 @@ from pathlib import Path
 MAX_ROWS = 16
 """Rows of inputs that a product is made for: of more, so many at a time. The numbers here are those of `products.h`."""
 
-VERSION = 4
+VERSION = 5
 """The library's functions as this file knows them. One that was built for another version is not used."""
 
 
@@ -123,6 +123,11 @@ def library() -> ctypes.CDLL | None:
         *(pointer, size, pointer, pointer, size, flag),
         *(pointer, size),
         *(pointer, pointer, flag, pointer),
+    ]
+    loaded.opt_prompt_attention.argtypes = [
+        *(flag, pointer, size, size, size, size),
+        *(pointer, size, pointer, size, pointer, size),
+        *(flag, pointer),
     ]
     loaded.opt_run.argtypes = [flag, pointer, pointer, size]
     loaded.opt_register_xla.argtypes = [pointer, ctypes.c_char_p, pointer]

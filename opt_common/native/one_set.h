@@ -637,6 +637,85 @@ static void NAME(merge_shares)(const struct attention *a, const struct share *sh
     }
 }
 
+/* Sums of products of HEIGHT rows of numbers, `apart` apart, each number `along` from the next, with `depth` rows of TOGETHER
+   numbers: row i of sums goes to to[i * TOGETHER]. */
+#define TOGETHER (2 * LANES)
+#define PANEL(HEIGHT)                                                                                                  \
+    static ALONE void NAME(panel_##HEIGHT)(const float *rows, size_t apart, size_t along, size_t depth,                \
+                                           const float *columns, float *to) {                                          \
+        vector totals[HEIGHT][2];                                                                                      \
+        UNROLLED                                                                                                       \
+        for (int i = 0; i < HEIGHT; i++) totals[i][0] = totals[i][1] = (vector){0};                                    \
+        for (size_t d = 0; d < depth; d++, rows += along, columns += TOGETHER) {                                       \
+            vector first = NAME(load_float32)(columns), second = NAME(load_float32)(columns + LANES);                  \
+            UNROLLED                                                                                                   \
+            for (int i = 0; i < HEIGHT; i++) {                                                                         \
+                totals[i][0] += rows[i * apart] * first;                                                               \
+                totals[i][1] += rows[i * apart] * second;                                                              \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int i = 0; i < HEIGHT; i++) memcpy(to + i * TOGETHER, totals[i], sizeof totals[i]);                       \
+    }
+
+/* As many as the registers hold. */
+#if SET == AVX512
+#define TALL 8
+PANEL(8)
+#define NAME_TALL NAME(panel_8)
+#else
+#define TALL 4
+PANEL(4)
+#define NAME_TALL NAME(panel_4)
+#endif
+PANEL(1)
+
+static void NAME(panels)(const float *rows, size_t apart, size_t along, size_t count, size_t depth, const float *columns,
+                         float *to) {
+    size_t i = 0;
+    for (; i + TALL <= count; i += TALL) NAME_TALL(rows + i * apart, apart, along, depth, columns, to + i * TOGETHER);
+    for (; i < count; i++) NAME(panel_1)(rows + i * apart, apart, along, depth, columns, to + i * TOGETHER);
+}
+
+/* Attention of TOGETHER queries of one head, from `first` on, to the keys up to their own. Everything is turned over, so that
+   the queries lie side by side: scores are (keys, queries), contexts (H, queries). */
+static void NAME(attend_queries)(const struct prompt *p, size_t b, size_t n, size_t first, const float *keys,
+                                 const float *values, float *space) {
+    size_t H = p->head_dim, count = p->tokens - first < TOGETHER ? p->tokens - first : TOGETHER, last = first + count;
+    float *queries = space, *contexts = queries + H * TOGETHER, *scores = contexts + H * TOGETHER;
+    float peaks[TOGETHER], totals[TOGETHER] = {0};
+    memset(queries, 0, H * TOGETHER * sizeof(float));
+    for (size_t j = 0; j < count; j++) {
+        size_t at = (b * p->tokens + first + j) * p->query_apart + n * H;
+        for (size_t h = 0; h < H; h++) queries[h * TOGETHER + j] = number_of(p->type, p->queries, at + h);
+    }
+    NAME(panels)(keys, H, 1, last, H, queries, scores);
+    for (size_t k = first + 1; k < last; k++)
+        for (size_t j = 0; j < k - first; j++) scores[k * TOGETHER + j] = -INFINITY;
+    for (size_t j = 0; j < TOGETHER; j++) peaks[j] = -INFINITY;
+    for (size_t k = 0; k < last; k++)
+        for (size_t j = 0; j < TOGETHER; j++) {
+            float score = scores[k * TOGETHER + j];
+            peaks[j] = score > peaks[j] ? score : peaks[j];
+        }
+    for (size_t k = 0; k < last; k++)
+        for (size_t j = 0; j < TOGETHER; j++) {
+            float weight = NAME(exponential)(scores[k * TOGETHER + j] - peaks[j]);
+            scores[k * TOGETHER + j] = weight;
+            totals[j] += weight;
+        }
+    NAME(panels)(values, 1, H, H, last, scores, contexts);
+    for (size_t j = 0; j < count; j++) {
+        size_t at = ((b * p->tokens + first + j) * p->heads + n) * H;
+        for (size_t h = 0; h < H; h++) {
+            float value = contexts[h * TOGETHER + j] / totals[j];
+            if (p->type == BFLOAT16)
+                ((uint16_t *)p->outputs)[at + h] = bfloat16_of(value);
+            else
+                ((float *)p->outputs)[at + h] = value;
+        }
+    }
+}
+
 static const struct set NAME(set) = {
     .lanes = LANES,
     .round_inputs = NAME(round_inputs),
@@ -644,6 +723,8 @@ static const struct set NAME(set) = {
     .finish = NAME(finish),
     .attend_slots = {[FLOAT32] = NAME(attend_slots_float32), [BFLOAT16] = NAME(attend_slots_bfloat16)},
     .merge_shares = NAME(merge_shares),
+    .together = TOGETHER,
+    .attend_queries = NAME(attend_queries),
     .rows =
         {
             [FLOAT32_ROWS] = NAME(float32_rows),
@@ -673,6 +754,10 @@ static const struct set NAME(set) = {
 #undef ALL_COLUMNS
 #undef AHEAD
 #undef ATTEND_SLOTS
+#undef TOGETHER
+#undef PANEL
+#undef TALL
+#undef NAME_TALL
 #undef ONE_float32
 #undef ONE_bfloat16
 #undef ONE_int8

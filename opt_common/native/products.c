@@ -45,6 +45,19 @@ struct share {
     float *peaks, *totals, *contexts;
 };
 
+/* Attention of the tokens of a prompt, each to those up to itself. */
+struct prompt {
+    size_t batch, tokens, heads, head_dim;
+    const void *queries, *keys, *values;
+    size_t query_apart, key_apart, value_apart; /* numbers from one token to the next */
+    int type;                                   /* of all of them, and of outputs */
+    void *outputs;
+};
+
+static inline float number_of(int type, const void *numbers, size_t at) {
+    return type == BFLOAT16 ? float_of(((const uint16_t *)numbers)[at]) : ((const float *)numbers)[at];
+}
+
 /* What is compiled for one instruction set. */
 struct set {
     size_t lanes; /* numbers in a vector */
@@ -55,6 +68,9 @@ struct set {
     void (*attend_slots[2])(const struct attention *, size_t b, size_t first, size_t last, float *scores,
                             const struct share *);
     void (*merge_shares)(const struct attention *, const struct share *, int count);
+    size_t together; /* queries of a prompt */
+    void (*attend_queries)(const struct prompt *, size_t b, size_t n, size_t first, const float *keys, const float *values,
+                           float *space);
     void (*rows[KINDS])(const struct product *, size_t first, size_t last);
     void (*columns[KINDS])(const struct product *, float *to, size_t first, size_t last);
 };
@@ -111,6 +127,8 @@ static const struct set *best_set(void) {
 #endif
     return &plain_set;
 }
+
+int opt_has_set(void) { return best_set() != &plain_set; }
 
 struct job {
     struct product product;
@@ -292,5 +310,54 @@ int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_
     return 0;
 }
 
+struct prompt_job {
+    struct prompt prompt;
+    const struct set *set;
+    float *space;
+    size_t space_each;
+};
+
+/* The keys or values of a head, one after the other. */
+static void gather_head(const struct prompt *p, const void *from, size_t apart, size_t b, size_t n, float *to) {
+    size_t H = p->head_dim;
+    for (size_t t = 0; t < p->tokens; t++)
+        copy_rows(to + t * H, FLOAT32, H, (const char *)from + ((b * p->tokens + t) * apart + n * H) * (p->type == BFLOAT16 ? 2 : 4),
+                  p->type, H, 1, H);
+}
+
+/* The heads of all rows are divided, and where one is shared, its queries. */
+static void run_queries(void *argument, int index, int count) {
+    const struct prompt_job *job = argument;
+    const struct prompt *p = &job->prompt;
+    size_t together = job->set->together, blocks = (p->tokens + together - 1) / together, heads = p->batch * p->heads;
+    float *keys = job->space + index * job->space_each, *values = keys + p->tokens * p->head_dim;
+    float *space = values + p->tokens * p->head_dim;
+    size_t head = (size_t)-1;
+    for (size_t i = heads * blocks * index / count; i < heads * blocks * (index + 1) / count; i++) {
+        size_t b = i / blocks / p->heads, n = i / blocks % p->heads;
+        if (i / blocks != head) {
+            head = i / blocks;
+            gather_head(p, p->keys, p->key_apart, b, n, keys);
+            gather_head(p, p->values, p->value_apart, b, n, values);
+        }
+        job->set->attend_queries(p, b, n, i % blocks * together, keys, values, space);
+    }
+}
+
+int opt_prompt_attention(int threads, run_team *team, size_t batch, size_t tokens, size_t heads, size_t head_dim,
+                         const void *queries, size_t query_apart, const void *keys, size_t key_apart,
+                         const void *values, size_t value_apart, int type, void *outputs) {
+    threads = opt_count_of_threads(threads, batch * heads * tokens * tokens * sizeof(float));
+    struct prompt_job job = {.set = best_set()};
+    job.prompt = (struct prompt){batch, tokens, heads, head_dim, queries, keys, values, query_apart, key_apart, value_apart, type, outputs};
+    size_t together = job.set->together, slots = (tokens + together - 1) / together * together;
+    job.space_each = 2 * tokens * head_dim + 2 * head_dim * together + slots * together;
+    job.space = malloc(threads * job.space_each * sizeof(float));
+    if (!job.space) return -1;
+    opt_run_parts(run_queries, &job, threads, team);
+    free(job.space);
+    return 0;
+}
+
 /* VERSION of opt_common/native/__init__.py: what has to be another number when arguments change. */
-int opt_version(void) { return 4; }
+int opt_version(void) { return 5; }

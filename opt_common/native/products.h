@@ -41,6 +41,9 @@ int opt_product(int kind, int threads, run_team *team, size_t M, size_t D, size_
 /* Use no better instructions than these, for tests: 0 plain, 1 AVX2, 2 AVX-512. */
 void opt_limit_set(int limit);
 
+/* Whether there are better ones than plain C's. */
+int opt_has_set(void);
+
 /* Attention of one new token in each row: its key and value, (batch, heads * head_dim), go to `slot` of their buffers,
    (batch, capacity, heads, head_dim), and its query attends to that slot and all before it.
 
@@ -50,5 +53,12 @@ void opt_limit_set(int limit);
 int opt_attention(int threads, run_team *team, size_t batch, size_t heads, size_t head_dim, size_t capacity, size_t slot,
                   const void *queries, size_t row, const void *new_keys, const void *new_values, size_t new_row,
                   int type, const void *bias, size_t bias_row, void *keys, void *values, int buffer_type, void *outputs);
+
+/* Attention of a prompt, each of its tokens to those up to itself: scaled queries, keys and values (batch, tokens, heads,
+   head_dim), tokens `apart` numbers from one another, to outputs that are dense. Threads and result are those of
+   opt_product. */
+int opt_prompt_attention(int threads, run_team *team, size_t batch, size_t tokens, size_t heads, size_t head_dim,
+                         const void *queries, size_t query_apart, const void *keys, size_t key_apart,
+                         const void *values, size_t value_apart, int type, void *outputs);
 
 #endif
