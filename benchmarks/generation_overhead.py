@@ -3,9 +3,9 @@
     python -m benchmarks.generation_overhead torch --json overhead.json
 
 The bare step is the decoder, the head and the likeliest token, compiled where the framework compiles and recorded in
-PyTorch, called in a plain loop with nothing around it. Both read one token at the same length of text, in turns, token by
-token, so that a busy machine slows both alike. Two clocks tell the time: the one on the wall, and the processor time that
-the process took, which says more where others use the machine too. Weights are random: speed does not depend on what the
+PyTorch, called in a plain loop with nothing around it. Both read one token at the same length of text, in turns, so
+that a busy machine slows both alike. Two clocks tell the time: the one on the wall, and the processor time that the
+process took, which says more where others use the machine too. Weights are random: speed does not depend on what the
 numbers are.
 """
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from opt_common.native import MAX_ROWS, Kind, Operation, Task, library
@@ -120,12 +121,13 @@ def recorded(*tensors: Tensor | None) -> bool:
 
 
 def watched() -> bool:
-    """Whether PyTorch's calls are compiled, traced, counted or made for many at once: the library's would be missed."""
+    """Whether PyTorch's calls are compiled, traced, counted, made for many at once or differentiated on their way."""
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > (recording.tape is not None)
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or forward_ad._current_level >= 0
     )
 
 

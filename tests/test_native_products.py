@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,7 +320,7 @@ def test_decoding_takes_it(monkeypatch: pytest.MonkeyPatch, padded: bool) -> Non
 
 @needs_library
 def test_who_keeps_a_record_sees_all() -> None:
-    """Gradients, compilers, tracers, counters of operations and vmap get PyTorch's own product."""
+    """Gradients, compilers, tracers, counters of operations, vmap and forward-mode derivatives get PyTorch's own product."""
     layer = Linear(64, 32)
     inputs = torch.randn(3, 64)
     plain = functional.linear(inputs, layer.weight, layer.bias)
@@ -345,6 +346,12 @@ def test_who_keeps_a_record_sees_all() -> None:
         others = torch.randn(2, 64)
         assert torch.allclose(traced(others), functional.linear(others, layer.weight, layer.bias), atol=1e-6)
     assert torch.allclose(many, plain, atol=1e-6)
+    for rows in (3, 40):
+        with forward_ad.dual_level():
+            inputs, tangent = torch.randn(2, rows, 64)
+            found = forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, tangent))).tangent
+            assert found is not None
+            assert torch.allclose(found, functional.linear(tangent, layer.weight), atol=1e-6)
     quantised = Int8Linear(64, 32, use_bias=True, dynamic=True, device="cpu", dtype=None)
     quantised.assign_rounded(layer.weight.detach().numpy(), "cpu", torch.float32)
     quantised(inputs).sum().backward()
