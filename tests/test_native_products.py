@@ -320,7 +320,7 @@ def test_decoding_takes_it(monkeypatch: pytest.MonkeyPatch, padded: bool) -> Non
 
 @needs_library
 def test_who_keeps_a_record_sees_all() -> None:
-    """Gradients, compilers, tracers, counters of operations, vmap and forward-mode derivatives get PyTorch's own product."""
+    """Derivatives of both modes, compilers, tracers, counters of operations and vmap get PyTorch's own product."""
     layer = Linear(64, 32)
     inputs = torch.randn(3, 64)
     plain = functional.linear(inputs, layer.weight, layer.bias)
@@ -347,7 +347,8 @@ def test_who_keeps_a_record_sees_all() -> None:
         assert torch.allclose(traced(others), functional.linear(others, layer.weight, layer.bias), atol=1e-6)
     assert torch.allclose(many, plain, atol=1e-6)
     for rows in (3, 40):
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             inputs, tangent = torch.randn(2, rows, 64)
             found = forward_ad.unpack_dual(layer(forward_ad.make_dual(inputs, tangent))).tangent
             assert found is not None
