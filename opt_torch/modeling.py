@@ -164,7 +164,6 @@ class OPTDecoder(nn.Module):
     def __init__(self, config: OPTConfig, attn_implementation: str, build: Builder) -> None:
         super().__init__()
         V, E, D = config.vocab_size, config.word_embed_proj_dim, config.hidden_size
-        native.keep_freed_memory()
         self.config = config
         self.embed_tokens = build.vocabulary(V, E, pad=config.pad_token_id)
         self.embed_positions = build.embedding(config.max_position_embeddings + POSITION_OFFSET, D)
@@ -192,6 +191,8 @@ class OPTDecoder(nn.Module):
         output_attentions: bool = False,
     ) -> OPTModelOutput:
         """Arguments and result are those of `OPTModel`."""
+        if not torch.compiler.is_compiling():
+            native.keep_freed_memory()
         tokens_BTE = self.embed(input_ids, inputs_embeds)
         T = tokens_BTE.shape[1]
         cache = None if past_key_values is None else past_key_values.with_room(T)

@@ -1,10 +1,12 @@
 """The products of `opt_common.native` on PyTorch's tensors."""
 
 import ctypes
+import functools
 import os
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -70,13 +72,15 @@ HAS_INT8 = getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
 """Whether it multiplies matrices of 8-bit integers. Without VNNI, PyTorch takes twenty times as long as in float32."""
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of activations for those that follow, up to 64 MB.
 
     glibc gives larger blocks back to the system, and the next ones cost a page fault for each 4 kB: a tenth of the time
-    of a prompt. Once a block of almost 32 MB was freed, it takes such blocks for what comes and goes.
+    of a prompt. Once a block of almost 32 MB was freed, it takes such blocks for what comes and goes. Weights are to be
+    loaded before, for they come and stay.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    np.empty(2**25 - 2**16, np.uint8)
 
 
 def onednn_product(inputs: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
