@@ -7,13 +7,14 @@ keys and values take to read. Weights are random, of the shape of 125m but for t
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion.synthetic import write_random
+from benchmarks.generation_overhead import MODELS
 from opt_common import OPTConfig
 from opt_common.encoding import tensor_maker
 from opt_common.generation import token_steps
@@ -58,21 +59,30 @@ def timed(package: str, model: Any, prompt: int, tokens: int) -> dict[str, float
 
 
 def measure(framework: str, layers: list[int], lengths: list[int], tokens: int) -> dict[str, Any]:
-    """Figures by number of layers, and, at the smallest of them, by length of the prompt."""
-    package = f"opt_{framework}"
-    program = importlib.import_module(f"{package}.cli").program()
+    """Figures by number of layers, and, at the smallest of them, by length of the prompt.
+
+    Each number of layers has a process of its own: what one has compiled would be ready for the next.
+    """
     found: dict[str, Any] = {"framework": framework, "layers": {}, "lengths": {}}
-    for depth in sorted(layers, reverse=True):
-        config = OPTConfig.from_size("125m").replace(num_hidden_layers=depth)
-        with tempfile.TemporaryDirectory() as directory:
-            write_random(directory, config)
-            model: Any = program.load(directory, dtype="float32", quantization=None)
-            found["layers"][depth] = timed(package, model, PROMPT, tokens)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
+        for depth in sorted(layers, reverse=True):
+            own_lengths = lengths if depth == min(layers) else []
+            figures = processes.submit(measure_depth, framework, depth, own_lengths, tokens).result()
+            found["layers"][depth], by_length = figures
+            found["lengths"] |= by_length
             print(f"{depth} layers done", file=sys.stderr)
-            if depth == min(layers):
-                for length in lengths:
-                    found["lengths"][length] = timed(package, model, length, tokens)
     return found
+
+
+def measure_depth(
+    framework: str, depth: int, lengths: list[int], tokens: int
+) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+    """Figures of one number of layers, and by length of the prompt."""
+    model, _, _ = MODELS[framework](OPTConfig.from_size("125m").replace(num_hidden_layers=depth))
+    package = f"opt_{framework}"
+    figures = timed(package, model, PROMPT, tokens)
+    return figures, {length: timed(package, model, length, tokens) for length in lengths}
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
