@@ -59,7 +59,7 @@ def attentions(decoder: "OPTDecoder") -> "list[OPTAttention]":
 
 def is_plain(decoder: "OPTDecoder") -> bool:
     """Whether a decoder is what this package built: a recording knows no hooks and no methods put in others' place."""
-    return all(
+    return not torch.nn.modules.module._has_any_global_hook() and all(
         type(module).__module__.startswith(("opt_torch.", "torch.nn."))
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -4,7 +4,8 @@ Python takes longer over a token's small operations than the library takes over 
 Of a tape, those that the library knows are run by one call, and Python is left with a handful of others.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,8 @@ class Tape(TorchDispatchMode):
             raise NotRecordedError
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
+        if not all(each is None or isinstance(each, Tensor) for each in tree_leaves(outputs)):
+            raise NotRecordedError
         schema = func._schema
         given = [
             *zip(schema.arguments, args, strict=False),
@@ -95,7 +98,8 @@ class Tape(TorchDispatchMode):
             found = func(*args, **kwargs)
             if not changed:
                 for old, new in zip(tree_leaves(outputs), tree_leaves(found), strict=True):
-                    old.copy_(new)
+                    if old is not None:
+                        old.copy_(new)
 
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         operation = None if kwargs else lowered(func, args, outputs)
@@ -119,7 +123,7 @@ class Tape(TorchDispatchMode):
         call: Callable[[], None],
         operation: Operation | None = None,
         *,
-        changed: set[int] = frozenset(),  # pyright: ignore[reportArgumentType]
+        changed: Set[int] = frozenset(),
         is_random: bool = False,
     ) -> None:
         """Put one operation on the tape, which has been computed; `changed` is what it reads and writes."""
@@ -166,14 +170,14 @@ class Tape(TorchDispatchMode):
             run = []
         if run:
             parts.append(runner(run))
-        memory = self.memory
+        return functools.partial(run_parts, parts, self.memory)
 
-        def replay() -> None:
-            assert memory
-            for part in parts:
-                part()
 
-        return replay
+def run_parts(parts: Iterable[Callable[[], None]], memory: Mapping[int, torch.UntypedStorage]) -> None:
+    """Run the parts of a tape, whose memory is kept as long as what calls this is."""
+    del memory
+    for part in parts:
+        part()
 
 
 def runner(operations: Sequence[Operation]) -> Callable[[], None]:

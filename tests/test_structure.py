@@ -122,6 +122,7 @@ SANCTIONED = {
         "attend: [kv]_BSNH": (BOTH, "a static cache is attended to whole, slots without a token masked"),
         "attend: buffer_BSNH": (BOTH, "as above"),
         "attend: fused": (BOTH, "PyTorch's condition has more parts"),
+        "attend: at_first": (BOTH, "as above"),
         "attend: eager": (("flax",), "as below"),
         "*_zero_after*": (("flax",), "only JAX lets XLA write to a cache in place"),
         "attend: unfused": (("flax",), "what JAX's kernels can't compute"),

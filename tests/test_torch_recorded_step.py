@@ -4,6 +4,9 @@ A CUDA graph runs the same kernels on the same memory again. Where there is no s
 called again, stand in for it: whatever a step leaves to Python would be missing there, too. A CPU's tape is itself.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 
 from tests.adapters import BACKENDS
 from tests.cases import SMALL_VARIANTS
-from tests.paths import GOLDENS
+from tests.paths import GOLDENS, ROOT
 
 if "torch" not in BACKENDS:
     pytest.skip("PyTorch is not among the frameworks under test", allow_module_level=True)
@@ -195,6 +198,9 @@ def test_what_asks_for_python_at_each_token_is_not_recorded() -> None:
     assert not is_plain(decoder)
     handle.remove()
     assert is_plain(decoder)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    assert not is_plain(decoder)
+    handle.remove()
     decoder.layers[0].fc2.forward = decoder.layers[0].fc2.forward
     assert not is_plain(decoder)
 
@@ -276,6 +282,27 @@ def test_a_model_that_was_cast_is_recorded_anew(recordings: Replays, kind: str) 
     assert torch.isfinite(step.hidden_B1E).all()
 
 
+@pytest.mark.skipif(not HAS_LIBRARY, reason="no library")
+def test_more_threads_than_processors() -> None:
+    """Threads that wait for a part give way to those that compute."""
+    script = """
+import sys
+import torch
+from opt_torch import OPTForCausalLM
+torch.set_num_threads(int(sys.argv[1]))
+model = OPTForCausalLM.from_pretrained("opt-tiny")
+ids = model.generate(torch.tensor([[4, 5]]), max_new_tokens=64, eos_token_id=[])
+print(ids.tolist())
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(count)], cwd=ROOT, check=True, timeout=120, capture_output=True
+        )
+        for count in (1, 4 * (os.cpu_count() or 1))
+    ]
+    assert found[0].stdout == found[1].stdout
+
+
 def test_a_tape_runs_what_its_results_depend_on() -> None:
     inputs, mask = torch.tensor([1.0, 2.0]), torch.tensor([0, 1])
     calls: list[str] = []
@@ -315,6 +342,8 @@ def test_a_step_that_waits_for_a_number_is_not_recorded(monkeypatch: pytest.Monk
     number = torch.tensor(3)
     with pytest.raises(NotRecordedError), Tape():
         number.item()
+    with pytest.raises(NotRecordedError), Tape():
+        torch.equal(number, number)
     assert native.recording.tape is None
     model = loaded()
     wanted = generated(model, "one row")

@@ -162,8 +162,12 @@ static void be_in_gang(void *argument) {
         atomic_store(&gang->is_over, 1);
         return;
     }
-    while (!atomic_load_explicit(&gang->is_over, memory_order_acquire))
-        if (!take_part(gang)) pause_briefly();
+    for (int turn = 0; !atomic_load_explicit(&gang->is_over, memory_order_acquire); turn++) {
+        /* Where there are more threads than processors, the leader may be waiting for this one's. */
+        if (take_part(gang)) turn = 0;
+        else if (turn >= PATIENCE) sched_yield();
+        else pause_briefly();
+    }
 }
 
 void opt_hold_together(void (*whole)(void *argument), void *argument, int count, run_team *team) {
