@@ -107,10 +107,10 @@ class Tape(TorchDispatchMode):
         return outputs
 
     def places(self, values: Iterable[Any]) -> set[int]:
-        """Where tensors are kept, for which they are kept from now on."""
+        """Where tensors are kept, for which they are kept from now on. Those that hide it are kept by who calls."""
         found: set[int] = set()
         for value in values:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout is torch.strided:
                 storage = value.untyped_storage()
                 self.memory[storage.data_ptr()] = storage
                 found.add(storage.data_ptr())

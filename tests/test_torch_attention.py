@@ -97,6 +97,8 @@ def test_without_a_mask_no_mask_tensor_is_built(torch_backend, load, monkeypatch
         return kernel(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    # The library computes it otherwise, which knows no masks.
+    monkeypatch.setattr("opt_torch.native.PROMPT_ATTENTION", None)
     model = load(torch_backend, "pre_ln")
     torch_backend.forward(model, training=training, input_ids=np.array([[5, 6, 7]]))
     assert calls == [(None, True)] * 3
