@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opt_common.native import Task
 from opt_torch import KVCache, OPTForCausalLM, native, recorded_step, tape
 from opt_torch.recorded_step import LEAST_TOKENS, RecordedStep, is_plain, suits
 from opt_torch.tape import NotRecordedError, Tape
@@ -238,18 +239,25 @@ def test_a_tape_gives_the_numbers_of_the_step(variant: str, padded: bool, rows: 
     mask = torch.ones((rows, 12), dtype=torch.long)
     if padded:
         mask[0, :2] = 0
-    with torch.no_grad():
+    given = mask if padded else None
+
+    def prompt() -> KVCache:
         cache = KVCache.allocate(config, rows, 12)
-        cache = decoder(ids[:, :4], mask, past_key_values=cache, use_cache=True).past_key_values
-        step = RecordedStep(decoder, cache, mask if padded else None, ids[:, 4:5])
-        cache = step.outputs(cache).past_key_values
-        for column in (5, 6):
-            outputs = step(ids[:, column : column + 1], cache)
-            cache = outputs.past_key_values
-        wanted = decoder(ids, mask[:, :7], use_cache=True)
-    torch.testing.assert_close(outputs.last_hidden_state, wanted.last_hidden_state[:, -1:], atol=2e-6, rtol=1e-5)
-    for found, keys in zip(cache.keys, wanted.past_key_values.keys, strict=True):
-        torch.testing.assert_close(found[:, 2:7], keys[:, 2:7], atol=2e-6, rtol=1e-5)
+        return decoder(ids[:, :4], given, past_key_values=cache, use_cache=True).past_key_values
+
+    with torch.no_grad():
+        cache, other = prompt(), prompt()
+        step = RecordedStep(decoder, cache, given, ids[:, 4:5])
+        outputs = step.outputs(cache)
+        for column in (4, 5, 6):
+            if column > 4:
+                outputs = step(ids[:, column : column + 1], cache)
+            wanted = decoder(ids[:, column : column + 1], given, past_key_values=other, use_cache=True)
+            found = outputs.last_hidden_state
+            torch.testing.assert_close(found, wanted.last_hidden_state, atol=1e-5, rtol=1e-5)
+            cache, other = outputs.past_key_values, wanted.past_key_values
+    for found, keys in zip(cache.keys + cache.values, other.keys + other.values, strict=True):
+        torch.testing.assert_close(found, keys, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not HAS_LIBRARY, reason="no library")
@@ -328,6 +336,41 @@ def test_a_tape_runs_what_its_results_depend_on() -> None:
     assert "cumsum" not in calls
     assert "exp" not in calls
     assert "zeros" in calls
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="no library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("width", [7, 64, 600])
+def test_what_the_library_computes_between_products(
+    width: int, affine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(width)
+    tasks: list[int] = []
+    real = tape.runner
+    monkeypatch.setattr(
+        tape, "runner", lambda operations: tasks.extend(each.task for each in operations) or real(operations)
+    )
+    # Of so little variance that epsilon counts; and parts of longer rows.
+    inputs = (torch.randn(3, 1, 2 * width) * 1e-2 + 0.1).to(dtype)
+    weight, bias = torch.randn(2, width).to(dtype) if affine else (None, None)
+
+    def results() -> list[Tensor]:
+        dense = inputs[..., :width].contiguous()
+        normed = torch.nn.functional.layer_norm(dense, (width,), weight, bias, 1e-5)
+        scaled = inputs[..., width:] * 0.125
+        return [normed, scaled, normed + scaled, torch.relu(normed)]
+
+    with torch.no_grad():
+        with Tape() as recorded:
+            found = results()
+        replay = recorded.replay(found)
+        assert sorted(tasks[-4:]) == [Task.LAYER_NORM, Task.ADD, Task.SCALE, Task.RELU]
+        inputs.copy_((torch.randn(3, 1, 2 * width) * 1e-2 - 0.1).to(dtype))
+        replay()
+        tolerance = 1e-5 if dtype is torch.float32 else 2**-7
+        for one, wanted in zip(found, results(), strict=True):
+            torch.testing.assert_close(one, wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_a_tape_draws_anew() -> None:
