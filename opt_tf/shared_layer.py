@@ -39,7 +39,8 @@ class SharedLayer:
         output_attentions: bool,
     ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor], tf.Tensor | None]:
         """What a layer gives, whose arguments are the others."""
-        if output_attentions or tf.config.functions_run_eagerly() or not is_plain(layer):
+        apart = output_attentions or tf.config.functions_run_eagerly() or not is_plain(layer)
+        if apart or not alike(layer, self.first or layer):
             return layer(hidden_BTD, masking=masking, past=past, offset=offset, output_attentions=output_attentions)
         self.first = self.first or layer
         # Not cast to the dtype of the arithmetic, as a variable's value is within a layer.
@@ -73,8 +74,16 @@ class SharedLayer:
         return hidden_BTD, present
 
 
+def alike(layer: Any, other: Any) -> bool:
+    """Whether layers are made of the same parts, which compute in the same dtypes."""
+    kinds, other_kinds = (
+        [(type(part), part.dtype_policy.name) for part in each._flatten_layers()] for each in (layer, other)
+    )
+    return kinds == other_kinds
+
+
 def is_plain(layer: Any) -> bool:
-    """Whether a layer is what this package built, so that only its weights tell it from others."""
+    """Whether a layer is what this package built: it computes what its class and its weights say."""
     return all(
         (type(part) in PARTS or type(part).__module__ == "opt_tf.modeling")
         and "call" not in vars(part)

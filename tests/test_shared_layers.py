@@ -124,3 +124,16 @@ def test_each_layer_gives_what_it_gives_by_itself(
     assert len(traces) == (2 if changed == "nothing" else 4) + 2 * model.config.num_hidden_layers
     if changed != "nothing":
         assert not np.allclose(logits(load(framework)), found, atol=1e-3)
+
+
+def test_parts_and_their_dtypes_tell_layers_apart() -> None:
+    if "tf" not in FRAMEWORKS:
+        pytest.skip("JAX compares graphs by itself")
+    import keras
+
+    from opt_tf.shared_layer import alike
+
+    first, other, *_ = load("tf").model.decoder.layers
+    assert alike(first, other)
+    other.fc1.dtype_policy = keras.DTypePolicy("mixed_bfloat16")
+    assert not alike(first, other)
